@@ -1,0 +1,1 @@
+"""fwctl, the command line: it talks to the control socket and prints."""

@@ -1,0 +1,73 @@
+"""The client's end of the control socket."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..rpc import INTERNAL_ERROR, MAX_ANSWER_BYTES, RpcError
+
+TIMEOUT_S = 10.0
+_PAGE = 500
+
+
+class NoDaemon(Exception):
+    """Nobody answers on the socket; the message says what to do."""
+
+
+class Client:
+    """One connection to the daemon, opened with the first request."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._connection: socket.socket | None = None
+        self._buffer = b""
+        self._id = 0
+
+    def call(self, method: str, **params: Any) -> Any:
+        """Ask and wait for the answer. Raises RpcError if the daemon says no, NoDaemon if it does not answer."""
+        self._id += 1
+        request = {"jsonrpc": "2.0", "id": self._id, "method": method, "params": params}
+        try:
+            if self._connection is None:
+                self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                self._connection.settimeout(TIMEOUT_S)
+                self._connection.connect(self._path)
+            self._connection.sendall(json.dumps(request).encode() + b"\n")
+            answer = json.loads(self._line())
+        except FileNotFoundError:
+            raise NoDaemon(f"no fwd on {self._path}: start it (systemctl start fwd), or name its --socket") from None
+        except ConnectionRefusedError:
+            raise NoDaemon(f"fwd has left {self._path} behind: start it again (systemctl start fwd)") from None
+        except TimeoutError:
+            raise NoDaemon(f"fwd on {self._path} does not answer within {TIMEOUT_S:g} s: see its log") from None
+        except (OSError, ValueError) as error:
+            raise NoDaemon(f"{self._path}: {error}") from None
+        if not isinstance(answer, dict) or ("result" not in answer and not isinstance(answer.get("error"), dict)):
+            raise NoDaemon(f"{self._path}: this is not fwd's answer: name fwd's --socket")
+        if "error" in answer:
+            refusal = answer["error"]
+            raise RpcError(refusal.get("code", INTERNAL_ERROR), str(refusal.get("message", "no reason given")))
+        return answer["result"]
+
+    def sessions(self, words: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+        """All sessions that match the filter, page by page, in the order of their ids."""
+        after: int | None = 0
+        while after is not None:
+            page = self.call("session.list", filter=dict(words), after=after, limit=_PAGE)
+            yield from page["sessions"]
+            after = page["next"]
+
+    def _line(self) -> bytes:
+        assert self._connection is not None
+        while b"\n" not in self._buffer:
+            chunk = self._connection.recv(1 << 20)
+            if not chunk:
+                raise ConnectionError("fwd hung up")
+            self._buffer += chunk
+            if len(self._buffer) > MAX_ANSWER_BYTES:
+                raise ConnectionError("the answer is too long")
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line

@@ -1,0 +1,259 @@
+"""fwctl: PAN-OS's operational commands for fwd."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from .. import __version__
+from ..rpc import DEFAULT_SOCKET, FILTER_KEYS, INVALID_PARAMS, RpcError
+from . import render
+from .client import Client, NoDaemon
+
+_Command = TypeVar("_Command", bound=Callable[..., object])
+
+_FILTERS = "\n".join(f"  {key:<19}{meaning}" for key, meaning in FILTER_KEYS.items())
+_FILTER_HELP = f"""
+
+\b
+Filter keys, any number of them (all must match):
+{_FILTERS}
+"""
+
+
+@dataclass
+class _Asked:
+    """What holds for the whole command line."""
+
+    client: Client
+    as_json: bool = False
+
+    def show(self, answer: Any, text: Callable[[Any], str]) -> None:
+        """Print an answer, for people or for programs."""
+        click.echo(json.dumps(answer, indent=2) if self.as_json else text(answer))
+
+
+def _json_option(command: _Command) -> _Command:
+    """Let `--json` stand after the command's words as well as before them."""
+
+    def remember(context: click.Context, _: click.Parameter, value: bool) -> None:
+        if value:
+            context.ensure_object(_Asked).as_json = True
+
+    return click.option(
+        "--json", is_flag=True, expose_value=False, callback=remember, help="Print JSON, for programs."
+    )(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--socket",
+    "path",
+    default=lambda: os.environ.get("FWD_SOCKET", DEFAULT_SOCKET),
+    help=f"Control socket of the daemon; default $FWD_SOCKET, else {DEFAULT_SOCKET}.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+@click.version_option(__version__, prog_name="fwctl")
+@click.pass_context
+def fwctl(context: click.Context, path: str, as_json: bool) -> None:
+    """Ask the fwd daemon, and tell it what to forget.
+
+    \b
+      fwctl show session all                          every session, two lines each
+      fwctl show session all filter application ipsec-udp state active
+      fwctl show session id 7                         one session in full
+      fwctl show tunnel                               the SAs that strongSwan told of
+      fwctl show counter global                       what was counted, and dropped
+      fwctl clear session id 7                        forget a session
+
+    A tunnel that ends on this host shows its SPIs as ports, in decimal: sport is the SPI that the client receives on,
+    dport the one that the server receives on. ESP in transit shows 20033.
+
+    \b
+    Exit status: 0 done, 1 the daemon said no, 2 wrong usage, 3 no daemon answers.
+    """
+    context.obj = _Asked(Client(path), as_json)
+
+
+@fwctl.group()
+def show() -> None:
+    """Show sessions, tunnels, counters, the system."""
+
+
+@show.group("session")
+def show_session() -> None:
+    """Show sessions."""
+
+
+@show_session.command("all", help="Show all sessions, or how many with 'filter ... count yes'." + _FILTER_HELP)
+@click.argument("words", nargs=-1, metavar="[filter KEY VALUE ...]")
+@_json_option
+@click.pass_obj
+def show_session_all(asked: _Asked, words: tuple[str, ...]) -> None:
+    chosen = _filter(words)
+    count = chosen.pop("count", "no")
+    if count not in ("yes", "no"):
+        raise click.UsageError(f"count: found '{count}', want yes or no")
+    if count == "yes":
+        asked.show(
+            asked.client.call("session.count", filter=chosen), lambda answer: render.session_count(answer["count"])
+        )
+    elif asked.as_json:
+        click.echo(json.dumps({"sessions": list(asked.client.sessions(chosen))}, indent=2))
+    else:
+        _print_lines(render.session_rows(asked.client.sessions(chosen)))
+
+
+@show_session.command("id")
+@click.argument("session_id", metavar="N", type=click.IntRange(min=1))
+@_json_option
+@click.pass_obj
+def show_session_id(asked: _Asked, session_id: int) -> None:
+    """Show one session in full, also for a while after it ended.
+
+    Below PAN-OS's fields stands what PAN-OS has no field for: the CHILD_SA, its SPIs in decimal and hex, and the SPIs
+    that were seen on the wire.
+    """
+    asked.show(asked.client.call("session.get", id=session_id), render.session_detail)
+
+
+@show_session.command("info")
+@_json_option
+@click.pass_obj
+def show_session_info(asked: _Asked) -> None:
+    """Show how full the session table is, rates, and timeouts."""
+    asked.show(asked.client.call("session.info"), render.session_info)
+
+
+@show.group("counter")
+def show_counter() -> None:
+    """Show counters."""
+
+
+@show_counter.command("global")
+@_json_option
+@click.pass_obj
+def show_counter_global(asked: _Asked) -> None:
+    """Show the global counters that ever counted anything (--json shows all).
+
+    Every packet is in exactly one session or one counter of severity drop: pkt_recv is pkt_session plus those of
+    category flow and severity drop.
+    """
+    asked.show(asked.client.call("counter.list"), render.counters)
+
+
+@show.command("tunnel")
+@_json_option
+@click.pass_obj
+def show_tunnel(asked: _Asked) -> None:
+    """Show the SAs of tunnels that end here, as strongSwan told of them, with their age.
+
+    An SA is stale while strongSwan does not answer: it stays in use, but nobody vouches for it.
+    """
+    width = max(80, shutil.get_terminal_size().columns)
+    asked.show(asked.client.call("tunnel.list"), lambda answer: render.tunnels(answer, width))
+
+
+@show.group("system")
+def show_system() -> None:
+    """Show the daemon and its host."""
+
+
+@show_system.command("info")
+@_json_option
+@click.pass_obj
+def show_system_info(asked: _Asked) -> None:
+    """Show version, uptime, configuration, queue and strongSwan's state."""
+    asked.show(asked.client.call("system.info"), render.system_info)
+
+
+@fwctl.group()
+def clear() -> None:
+    """End sessions."""
+
+
+@clear.group("session")
+def clear_session() -> None:
+    """End sessions. The next packet opens a new one, if the rules allow it."""
+
+
+@clear_session.command("id")
+@click.argument("session_id", metavar="N", type=click.IntRange(min=1))
+@_json_option
+@click.pass_obj
+def clear_session_id(asked: _Asked, session_id: int) -> None:
+    """End one session."""
+    asked.show(
+        asked.client.call("session.clear", id=session_id),
+        lambda answer: render.cleared(answer["cleared"], session_id),
+    )
+
+
+@clear_session.command("all", help="End all sessions, or those that match the filter." + _FILTER_HELP)
+@click.argument("words", nargs=-1, metavar="[filter KEY VALUE ...]")
+@_json_option
+@click.pass_obj
+def clear_session_all(asked: _Asked, words: tuple[str, ...]) -> None:
+    chosen = _filter(words)
+    if "count" in chosen:
+        raise click.UsageError("count is for 'show session all'; nothing was cleared")
+    asked.show(
+        asked.client.call("session.clear", filter=chosen), lambda answer: render.cleared(answer["cleared"], None)
+    )
+
+
+def _filter(words: tuple[str, ...]) -> dict[str, str]:
+    """`filter KEY VALUE ...` as a mapping. Raises click.UsageError that says what to write instead."""
+    if not words:
+        return {}
+    if words[0] != "filter":
+        raise click.UsageError(f"found '{words[0]}', want 'filter KEY VALUE ...'")
+    keys = (*FILTER_KEYS, "count")
+    for key in words[1::2]:
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, 1)
+            hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(keys)}"
+            raise click.UsageError(f"no filter key '{key}': {hint}")
+        if words[1::2].count(key) > 1:
+            raise click.UsageError(f"filter key '{key}' stands there twice")
+    if len(words) % 2 == 0 or len(words) == 1:
+        raise click.UsageError(f"'{words[-1]}' wants a value after it" if len(words) > 1 else "filter wants KEY VALUE")
+    return dict(zip(words[1::2], words[2::2], strict=True))
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        click.echo(line)
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        fwctl(standalone_mode=False)
+    except click.exceptions.Exit as leaving:
+        sys.exit(leaving.exit_code)
+    except RpcError as error:
+        _leave(error.message, 2 if error.code == INVALID_PARAMS else 1)
+    except NoDaemon as error:
+        _leave(str(error), 3)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except BrokenPipeError:  # the reader, `head` perhaps, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _leave(reason: str, exit_status: int) -> NoReturn:
+    click.echo(f"fwctl: {reason}", err=True)
+    sys.exit(exit_status)

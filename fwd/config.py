@@ -1,0 +1,257 @@
+"""The configuration file: TOML in, checked `Settings` out, or one clear line for each thing wrong.
+
+The models below are the reference of what the file may say; pydantic does the checking.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .core.policy import Action, Policy, Prefix, Rule, Zones
+from .core.session import Application
+from .core.settings import DEFAULT_TIMEOUTS, Settings, UnknownSpi
+
+DEFAULT_PATH = Path("/etc/fwd/fwd.toml")
+
+Name = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Interface = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\s/]+$")]
+Seconds = Annotated[int, Field(ge=1, le=604800)]
+#: A unix socket's path, bounded by sun_path (unix(7)).
+SocketPath = Annotated[str, Field(pattern="^/", max_length=107)]
+
+_ANY = "any"
+
+
+class ConfigError(Exception):
+    """The configuration will not do; each line of the message names file, key, what was found and is wanted."""
+
+
+class Section(BaseModel):
+    """A table of the file: keys are written with dashes, and unknown ones are refused."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        alias_generator=lambda name: name.rstrip("_").replace("_", "-"),
+    )
+
+
+class Dataplane(Section):
+    """How packets come to fwd, and how many sessions it holds."""
+
+    queue: int = Field(default=20, ge=0, le=65535)
+    queue_length: int = Field(default=4096, ge=16, le=65536)
+    fail: Literal["open", "closed"] = "open"
+    max_sessions: int = Field(default=65536, ge=16, le=1_000_000)
+    keep_ended: int = Field(default=4096, ge=0, le=1_000_000)
+    keep_ended_time: Seconds = 300
+    unknown_spi: Literal["generic", "discard"] = "generic"
+    unknown_spi_grace: Seconds = 5
+
+
+class Timeouts(Section):
+    """Seconds without a packet after which a session of an application ends."""
+
+    ipsec_esp: Seconds = DEFAULT_TIMEOUTS[Application.IPSEC_ESP]
+    ipsec_udp: Seconds = DEFAULT_TIMEOUTS[Application.IPSEC_UDP]
+    ipsec_esp_udp: Seconds = DEFAULT_TIMEOUTS[Application.IPSEC_ESP_UDP]
+    ike: Seconds = DEFAULT_TIMEOUTS[Application.IKE]
+    discard: Seconds = 60
+
+
+class Ageing(Section):
+    """From which table use on (percent) sessions age how many times as fast."""
+
+    threshold: int = Field(default=80, ge=1, le=100)
+    factor: int = Field(default=2, ge=1, le=16)
+
+
+class RuleSection(Section):
+    """One rule; a field left out, or `any` in it, matches everything."""
+
+    name: Name
+    from_: list[Name] = [_ANY]
+    to: list[Name] = [_ANY]
+    source: list[str] = [_ANY]
+    destination: list[str] = [_ANY]
+    application: list[Literal["ipsec-esp", "ipsec-udp", "ipsec-esp-udp", "ike", "any"]] = ["any"]
+    action: Literal["allow", "deny"]
+    log_at_end: bool = True
+
+    @model_validator(mode="after")
+    def _prefixes_parse(self) -> RuleSection:
+        _prefixes(self.source, "source")
+        _prefixes(self.destination, "destination")
+        return self
+
+    def build(self) -> Rule:
+        """The rule as the core wants it."""
+        return Rule(
+            self.name,
+            Action(self.action),
+            self.log_at_end,
+            _unless_any(self.from_),
+            _unless_any(self.to),
+            _prefixes(self.source, "source"),
+            _prefixes(self.destination, "destination"),
+            _unless_any(self.application),
+        )
+
+
+class DefaultRule(Section):
+    """What happens to a session that no rule matches."""
+
+    name: Name = "interzone-default"
+    action: Literal["allow", "deny"] = "deny"
+    log_at_end: bool = False
+
+
+class Vici(Section):
+    """Where strongSwan listens."""
+
+    socket: SocketPath = "/run/charon.vici"
+
+
+class Control(Section):
+    """Where fwctl asks, and who may. root and the user that fwd runs as may do everything."""
+
+    socket: SocketPath = "/run/fwd/control.sock"
+    read_groups: list[Name] = ["fwd"]
+    change_groups: list[Name] = []
+
+
+class Log(Section):
+    """What is logged."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Config(Section):
+    """The whole file."""
+
+    dataplane: Dataplane = Dataplane()
+    zones: dict[Name, list[Interface]] = {}
+    default_zone: Name = _ANY
+    rules: list[RuleSection] = Field(default_factory=lambda: [RuleSection(name="any-any", action="allow")])
+    default_rule: DefaultRule = DefaultRule()
+    timeouts: Timeouts = Timeouts()
+    ageing: Ageing = Ageing()
+    vici: Vici = Vici()
+    control: Control = Control()
+    log: Log = Log()
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Config:
+        known = {*self.zones, self.default_zone, _ANY}
+        seen = {self.default_rule.name}
+        for index, rule in enumerate(self.rules):
+            if rule.name in seen:
+                raise ValueError(f"rules.{index}.name: found '{rule.name}' twice; want a name of its own")
+            seen.add(rule.name)
+            for key, zones in (("from", rule.from_), ("to", rule.to)):
+                for zone in zones:
+                    if zone not in known:
+                        wanted = ", ".join(sorted(known))
+                        raise ValueError(f"rules.{index}.{key}: found zone '{zone}'; want one of {wanted}")
+        return self
+
+    def settings(self) -> Settings:
+        """What of it concerns the core."""
+        plane = self.dataplane
+        default = self.default_rule
+        return Settings(
+            policy=Policy(
+                tuple(rule.build() for rule in self.rules),
+                Rule(default.name, Action(default.action), default.log_at_end),
+            ),
+            zones=Zones(
+                [(pattern, zone) for zone, patterns in self.zones.items() for pattern in patterns],
+                self.default_zone,
+            ),
+            timeouts_s={app: getattr(self.timeouts, app.name.lower()) for app in Application},
+            discard_timeout_s=self.timeouts.discard,
+            max_sessions=plane.max_sessions,
+            ageing_threshold=self.ageing.threshold / 100,
+            ageing_factor=self.ageing.factor,
+            keep_ended=plane.keep_ended,
+            keep_ended_s=plane.keep_ended_time,
+            unknown_spi=UnknownSpi(plane.unknown_spi),
+            unknown_spi_grace_s=plane.unknown_spi_grace,
+        )
+
+    def restart_keys(self) -> dict[str, object]:
+        """The keys that only a start reads, with their values."""
+        return {
+            "dataplane.queue": self.dataplane.queue,
+            "dataplane.queue-length": self.dataplane.queue_length,
+            "vici.socket": self.vici.socket,
+            "control.socket": self.control.socket,
+        }
+
+
+def load(path: Path | None) -> Config:
+    """Read and check a file; None means DEFAULT_PATH, which need not exist. Raises ConfigError."""
+    if path is None and not DEFAULT_PATH.exists():
+        return Config()
+    source = path or DEFAULT_PATH
+    try:
+        return Config.model_validate(tomllib.loads(source.read_text("utf-8")))
+    except OSError as error:
+        raise ConfigError(f"{source}: {error.strerror}: give --config a file that can be read") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source}: byte {error.start} is not UTF-8, which TOML wants") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source}: not TOML: {error}") from None
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{source}: {line}" for line in explain(error))) from None
+
+
+def explain(error: ValidationError) -> Iterable[str]:
+    """What pydantic found wrong, a line each: the key, what was found, what is wanted."""
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "value_error":  # raised by a validator here, which names the key itself
+            message = str(problem["ctx"]["error"])
+            yield f"{key}.{message}" if key else message
+        elif problem["type"] == "extra_forbidden":
+            yield f"{key}: no such key here: see 'Configuration' in the README for those there are"
+        elif problem["type"] == "missing":
+            yield f"{key}: missing; it has no default"
+        else:
+            wanted = (
+                problem["msg"].replace("Input should be", "want").replace("String should", "want a string that can")
+            )
+            yield f"{key}: found {_shown(problem['input'])}; {wanted}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _unless_any(names: Iterable[str]) -> frozenset[str]:
+    chosen = frozenset(names)
+    return frozenset() if _ANY in chosen else chosen
+
+
+def _prefixes(texts: list[str], key: str) -> tuple[Prefix, ...]:
+    """The prefixes named; none at all if one of them is `any`. Raises ValueError that names the key."""
+    if _ANY in texts:
+        return ()
+    prefixes = []
+    for index, text in enumerate(texts):
+        try:
+            network = (IPv6Network if ":" in text else IPv4Network)(text)
+        except ValueError as error:
+            raise ValueError(
+                f"{key}.{index}: found '{text}'; want an address or a prefix such as 192.0.2.0/24 ({error})"
+            ) from None
+        prefixes.append(Prefix(network.network_address.packed, network.prefixlen))
+    return tuple(prefixes)

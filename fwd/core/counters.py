@@ -1,0 +1,97 @@
+"""The global counters: which there are, in PAN-OS's terms, and their values and rates.
+
+A packet is counted in exactly one session or in exactly one counter of severity `drop`:
+pkt_recv = pkt_session + the sum of the drop counters of category packet or flow.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Final
+
+from .constants import SAMPLE_INTERVAL_S
+from .packet import Malformation
+
+
+@dataclass(frozen=True, slots=True)
+class Counter:
+    """What is counted. Severity, category and aspect are PAN-OS's columns."""
+
+    name: str
+    severity: str
+    category: str
+    aspect: str
+    description: str
+
+
+_MALFORMATIONS: Final = {
+    Malformation.TRUNCATED: "Packets dropped: shorter than their headers say",
+    Malformation.IP_VERSION: "Packets dropped: neither IPv4 nor IPv6",
+    Malformation.IP_HEADER: "Packets dropped: impossible length in the IP header",
+    Malformation.IPV6_EXTENSION: "Packets dropped: IPv6 extension headers too long or too many",
+    Malformation.ESP: "Packets dropped: ESP with SPI 0, which must not be on the wire",
+    Malformation.UDP: "Packets dropped: too short for ESP in UDP, and no keepalive",
+    Malformation.NOT_IPSEC: "Packets dropped: neither ESP nor IKE nor NAT-T",
+}
+
+COUNTERS: Final[tuple[Counter, ...]] = (
+    Counter("pkt_recv", "info", "packet", "pktproc", "Packets received from the kernel queue"),
+    Counter("pkt_session", "info", "packet", "pktproc", "Packets counted in a session"),
+    Counter("byte_session", "info", "packet", "pktproc", "Bytes of the packets counted in a session"),
+    *(Counter(f"flow_parse_{reason}", "drop", "flow", "parse", text) for reason, text in _MALFORMATIONS.items()),
+    Counter("flow_table_full", "drop", "flow", "resource", "Packets dropped: session table full"),
+    Counter("flow_internal_error", "drop", "flow", "pktproc", "Packets dropped: error inside fwd, see its log"),
+    Counter("flow_policy_deny", "warn", "flow", "session", "Session setup: denied by policy"),
+    Counter("queue_kernel_drop", "drop", "queue", "resource", "Packets the kernel dropped: queue was full"),
+    Counter("queue_socket_drop", "drop", "queue", "resource", "Packets the kernel dropped: socket was full"),
+    Counter("queue_overrun", "warn", "queue", "resource", "Times the queue's socket buffer overran"),
+    Counter("session_allocated", "info", "session", "resource", "Sessions allocated"),
+    Counter("session_predicted", "info", "session", "session", "Sessions announced by the IKE daemon"),
+    Counter("session_promoted", "info", "session", "session", "Announced sessions that got their first packet"),
+    Counter("session_provisional", "info", "session", "session", "Sessions for an SPI that nobody knew yet"),
+    Counter("session_absorbed", "info", "session", "session", "Provisional sessions that another took over"),
+    Counter("session_discard", "info", "session", "session", "Sessions set to discard"),
+    Counter("session_ended", "info", "session", "session", "Sessions ended"),
+    Counter("session_aged_out", "info", "session", "aging", "Sessions ended by the session ager"),
+    Counter("session_cleared", "info", "session", "mgmt", "Sessions ended by an operator"),
+    Counter("session_tunnel_down", "info", "session", "tunnel", "Sessions ended with their tunnel"),
+    Counter("sa_established", "info", "tunnel", "ike", "CHILD_SAs that came up"),
+    Counter("sa_rekeyed", "info", "tunnel", "ike", "CHILD_SAs rekeyed"),
+    Counter("sa_deleted", "info", "tunnel", "ike", "CHILD_SAs that went"),
+    Counter("sa_snapshot", "info", "tunnel", "ike", "Times all CHILD_SAs were read from the IKE daemon"),
+    Counter("sa_source_lost", "warn", "tunnel", "ike", "Times the IKE daemon stopped answering"),
+    Counter("sa_spi_conflict", "warn", "tunnel", "ike", "CHILD_SAs without a session: their SPI is another one's"),
+    Counter("control_request", "info", "mgmt", "control", "Requests on the control socket"),
+    Counter("control_refused", "warn", "mgmt", "control", "Requests and clients refused on the control socket"),
+)
+
+
+class Counters:
+    """The values by name, and the rate of each over the last second or so."""
+
+    def __init__(self, now: float) -> None:
+        self.values: dict[str, int] = {counter.name: 0 for counter in COUNTERS}
+        self._samples: deque[tuple[float, dict[str, int]]] = deque([(now, dict(self.values))], maxlen=2)
+
+    def add(self, name: str, amount: int = 1) -> None:
+        """Count. Raises KeyError for a name that is not in COUNTERS."""
+        self.values[name] += amount
+
+    def next_sample_at(self) -> float:
+        """When `sample` wants to be called again, in monotonic seconds."""
+        return self._samples[-1][0] + SAMPLE_INTERVAL_S
+
+    def sample(self, now: float) -> None:
+        """Remember the values if the last sample is old enough."""
+        if now >= self.next_sample_at():
+            self._samples.append((now, dict(self.values)))
+
+    def elapsed_s(self, now: float) -> float:
+        """Seconds over which `rate` is taken."""
+        return now - self._samples[0][0]
+
+    def rate(self, name: str, now: float) -> float:
+        """Growth a second since the last sample but one."""
+        elapsed = self.elapsed_s(now)
+        return (self.values[name] - self._samples[0][1][name]) / elapsed if elapsed > 0 else 0.0

@@ -1,0 +1,473 @@
+"""The dataplane without its I/O: packets, SA events and the time go in; verdicts and events come out.
+
+    verdict = firewall.receive_packet(octets, hook, indev, outdev, now)
+    firewall.apply_sa(event, now)            # what the IKE daemon said
+    firewall.apply_interface(event, now)     # what the kernel said
+    firewall.handle_timer(now)               # at firewall.next_deadline() at the latest
+    while (event := firewall.next_event()):  # what there is to tell
+
+Every packet gets exactly one verdict, and is counted in exactly one place: a flow (`_account`) or a drop
+counter (`_drop`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from enum import Enum, IntEnum
+
+from .ager import Ager
+from .constants import SA_LINGER_S, UNKNOWN_SPI_KEYS
+from .counters import Counters
+from .events import Event, SessionCreated, SessionDiscarded, SessionEnded, SessionPromoted, SessionRekeyed
+from .interfaces import InterfaceEvent, InterfaceTable
+from .packet import Packet, PacketError, parse
+from .policy import Action, Rule
+from .sa import (
+    ChildSa,
+    SaAdded,
+    SaDeleted,
+    SaDirectory,
+    SaEstablished,
+    SaEvent,
+    SaRekeyed,
+    SaSnapshot,
+    SaSourceLost,
+    SpiKey,
+    TunnelKey,
+)
+from .session import GENERIC_APPLICATION, Application, Endpoint, Flow, FlowKey, Session, SessionType
+from .settings import Settings, UnknownSpi
+from .state import EndReason, State, Trigger
+from .table import Entry, Key, SessionTable, TableFull
+
+
+class Hook(IntEnum):
+    """Where the packet is on its way: the kernel's NF_INET_ hooks (linux/netfilter.h)."""
+
+    INPUT = 1
+    FORWARD = 2
+    OUTPUT = 3
+
+
+class Verdict(Enum):
+    """What becomes of the packet."""
+
+    ACCEPT = "accept"
+    DROP = "drop"
+
+
+_SA_COUNTERS: Mapping[type[SaEvent], str] = {
+    SaEstablished: "sa_established",
+    SaRekeyed: "sa_rekeyed",
+    SaDeleted: "sa_deleted",
+    SaSnapshot: "sa_snapshot",
+    SaSourceLost: "sa_source_lost",
+}
+
+_END_COUNTERS = {
+    EndReason.AGED_OUT: "session_aged_out",
+    EndReason.CLEARED: "session_cleared",
+    EndReason.TUNNEL_DOWN: "session_tunnel_down",
+}
+
+
+class Firewall:
+    """The session table, the SAs, the interfaces and the policy of one host. Times are monotonic seconds."""
+
+    def __init__(self, settings: Settings, now: float) -> None:
+        self.settings = settings
+        self.table = SessionTable(settings.max_sessions, settings.keep_ended)
+        self.ager = Ager(self.table, now)
+        self.counters = Counters(now)
+        self.directory = SaDirectory()
+        self.interfaces = InterfaceTable()
+        self.started_at = now
+        self._tunnels: dict[TunnelKey, Session] = {}
+        self._lingering: deque[tuple[float, Session, ChildSa]] = deque()
+        self._zone_of_index: dict[int, str] = {}
+        self._events: deque[Event] = deque()
+
+    # --- what goes in --------------------------------------------------------------------------------
+
+    def receive_packet(self, octets: bytes, hook: int, indev: int, outdev: int, now: float) -> Verdict:
+        """Decide on one packet: its bytes from the IP header on, and the interface indices (0: none).
+
+        A copy cut short after the headers will do. Never raises for what the bytes contain.
+        """
+        self.counters.add("pkt_recv")
+        try:
+            packet = parse(octets)
+        except PacketError as error:
+            return self._drop(f"flow_parse_{error.reason}")
+        # A packet to or from this host has one interface only; the session shows it on both sides.
+        ingress, egress = indev or outdev, outdev or indev
+        key = self._key(packet, hook, ingress, egress)
+        entry = self.table.lookup(key)
+        if entry is None:
+            try:
+                entry = self._set_up(packet, key, hook, ingress, egress, now)
+            except TableFull:
+                return self._drop("flow_table_full")
+        session, flow = entry
+        if session.state is State.OPENING:
+            zone = self._zone(ingress)
+            self._promote(session, self.interfaces.name_of(ingress), zone, now)
+        return self._account(session, flow, packet, now)
+
+    def drop_unhandled(self) -> Verdict:
+        """The verdict on a packet that `receive_packet` raised for: a defect of fwd, counted as such."""
+        return self._drop("flow_internal_error")
+
+    def apply_sa(self, event: SaEvent, now: float) -> None:
+        """Learn what the IKE daemon says of its SAs; sessions follow at once."""
+        self.counters.add(_SA_COUNTERS[type(event)])
+        for change in self.directory.apply(event, now):
+            if isinstance(change, SaAdded):
+                self._add_sa(change.sa, now)
+            else:
+                self._remove_sa(change.sa, now)
+        if isinstance(event, SaSnapshot):
+            self._predict_missing(now)
+        elif isinstance(event, SaRekeyed) and (session := self._tunnels.get(event.new.tunnel)):
+            session.rekeys += 1
+
+    def apply_interface(self, event: InterfaceEvent) -> None:
+        """Learn of interfaces and addresses of this host."""
+        self.interfaces.apply(event)
+        self._zone_of_index.clear()
+
+    def reconfigure(self, settings: Settings) -> None:
+        """Take new settings for all sessions to come; those that exist keep their rule and timeout."""
+        self.settings = settings
+        self.table.capacity = settings.max_sessions
+        self.table.keep_ended = settings.keep_ended
+        self._zone_of_index.clear()
+
+    def clear(self, session: Session, now: float) -> None:
+        """End a live session on an operator's word. A tunnel that is still up gets a new one at once."""
+        self._end(session, EndReason.CLEARED, now)
+
+    def next_deadline(self) -> float:
+        """When `handle_timer` wants to be called, at the latest."""
+        deadlines = [self.counters.next_sample_at()]
+        if (ager := self.ager.next_deadline()) is not None:
+            deadlines.append(ager)
+        if self._lingering:
+            deadlines.append(self._lingering[0][0])
+        return min(deadlines)
+
+    def handle_timer(self, now: float) -> None:
+        """Do what is due, a bounded amount of it."""
+        self.counters.sample(now)
+        for session in self.ager.due(now):
+            self._expire(session, now)
+        while self._lingering and self._lingering[0][0] <= now:
+            _, session, sa = self._lingering.popleft()
+            in_use = {key for other in session.sas for key in (other.key_in, other.key_out)}
+            if self.table.live(session.id) is session and sa not in session.sas:
+                self.table.unindex(session, {sa.key_in, sa.key_out} - in_use)
+        self.table.forget_ended(now - self.settings.keep_ended_s)
+        is_pressed = self.table.utilisation >= self.settings.ageing_threshold
+        factor = self.settings.ageing_factor if is_pressed else 1
+        if factor != self.ager.factor:
+            self.ager.set_factor(factor, now)
+
+    def next_event(self) -> Event | None:
+        """What happened next, in order; None when all is told."""
+        return self._events.popleft() if self._events else None
+
+    def tunnel_session(self, sa: ChildSa) -> Session | None:
+        """The live session of the tunnel that this SA belongs to."""
+        return self._tunnels.get(sa.tunnel)
+
+    # --- one verdict, one place to count ------------------------------------------------------------
+
+    def _account(self, session: Session, flow: Flow, packet: Packet, now: float) -> Verdict:
+        flow.packet_count += 1
+        flow.byte_count += packet.length
+        self.counters.add("pkt_session")
+        self.counters.add("byte_session", packet.length)
+        if packet.spi is not None and packet.spi not in flow.spis:
+            flow.note_spi(packet.spi)
+            if session.sas:
+                session.ports_of_sa()
+        session.last_seen_at = now
+        if session.refresh_s:
+            session.expires_at = self.ager.age(now) + session.refresh_s
+        return Verdict.DROP if session.state is State.DISCARD else Verdict.ACCEPT
+
+    def _drop(self, counter: str) -> Verdict:
+        self.counters.add(counter)
+        return Verdict.DROP
+
+    # --- sessions that a packet opens ---------------------------------------------------------------
+
+    def _key(self, packet: Packet, hook: int, ingress: int, egress: int) -> Key:
+        if hook == Hook.FORWARD:
+            zones: tuple[str | None, str | None] = (self._zone(ingress), self._zone(egress))
+        elif packet.spi is not None:
+            return _spi_key(packet, packet.spi)
+        else:
+            zones = (None, None)
+        return FlowKey(packet.kind, packet.src, packet.dst, packet.sport, packet.dport, *zones)
+
+    def _set_up(self, packet: Packet, key: Key, hook: int, ingress: int, egress: int, now: float) -> Entry:
+        """Open a session for a packet that belongs to none. Raises TableFull."""
+        if not isinstance(key, FlowKey):
+            sa = self.directory.lookup(key)
+            if sa is not None:  # its session was refused or lost its place: make it now
+                self._add_sa(sa, now)
+                entry = self.table.lookup(key)
+                if entry is not None:
+                    return entry
+        application = GENERIC_APPLICATION[packet.kind]
+        is_provisional = not isinstance(key, FlowKey)
+        client = Endpoint(packet.src, self._zone(ingress), 0)
+        server = Endpoint(packet.dst, self._zone(egress), 0)
+        session = Session(
+            self.table.allocate_id(),
+            application,
+            client,
+            server,
+            # Until its tunnel is known, a provisional session is judged as the tunnel that it may turn out to be.
+            self._rule(client, server, Application.IPSEC_UDP if is_provisional else application),
+            hook != Hook.FORWARD,
+            self.interfaces.name_of(ingress),
+            self.interfaces.name_of(egress),
+            self.settings.timeouts_s[application],
+            now,
+            is_provisional=is_provisional,
+        )
+        session.ports_of(packet)
+        if isinstance(key, FlowKey):
+            # Should both keys be the same one (source and destination alike), the packet counts as c2s.
+            self._take_in(session, {key.reversed(): session.s2c, key: session.c2s})
+        else:
+            self._take_in(session, {key: session.c2s})
+            self.counters.add("session_provisional")
+        self._decide(session, now)
+        if is_provisional and session.state is State.ACTIVE:
+            session.refresh_s = 0
+            self.ager.arm(session, self.settings.unknown_spi_grace_s, now)
+        return session, session.c2s
+
+    def _take_in(self, session: Session, entries: Mapping[Key, Flow]) -> None:
+        self.table.add(session, entries.items())
+        self.counters.add("session_allocated")
+        self._events.append(SessionCreated(session))
+
+    def _decide(self, session: Session, now: float) -> None:
+        """Let the session's rule have its say."""
+        if session.rule.action is Action.DENY:
+            self.counters.add("flow_policy_deny")
+            self._discard(session, now)
+        else:
+            session.move(Trigger.PERMIT)
+            self._keep_alive(session, now)
+
+    def _keep_alive(self, session: Session, now: float) -> None:
+        session.refresh_s = session.timeout_s
+        self.ager.arm(session, session.timeout_s, now)
+
+    def _discard(self, session: Session, now: float) -> None:
+        session.move(Trigger.DENY)
+        session.end_reason = EndReason.POLICY_DENY
+        session.timeout_s = self.settings.discard_timeout_s
+        session.refresh_s = 0  # PAN-OS: packets do not prolong a discard session
+        self.ager.arm(session, session.timeout_s, now)
+        self.counters.add("session_discard")
+        self._events.append(SessionDiscarded(session))
+
+    def _grace_over(self, session: Session, now: float) -> None:
+        """No IKE daemon claimed the SPI of a provisional session in time: do as configured."""
+        session.is_provisional = False
+        session.rule = self._rule(session.client, session.server, session.application)
+        if self.settings.unknown_spi is UnknownSpi.DISCARD or session.rule.action is Action.DENY:
+            self.counters.add("flow_policy_deny")
+            self._discard(session, now)
+            return
+        (spi_key,) = session.keys
+        key = self._pair_key(session, spi_key)
+        entry = self.table.lookup(key)
+        if entry is None:
+            self.table.index(session, {key: session.c2s, key.reversed(): session.s2c, spi_key: session.c2s}.items())
+            self._keep_alive(session, now)
+            return
+        generic, flow = entry
+        self._absorb(session, flow)
+        self.table.index(generic, [(spi_key, flow)])
+        spi_keys = [key for key in generic.keys if not isinstance(key, FlowKey)]
+        self.table.unindex(generic, spi_keys[:-UNKNOWN_SPI_KEYS])
+        generic.last_seen_at = max(generic.last_seen_at, session.last_seen_at)
+
+    def _pair_key(self, session: Session, spi_key: Key) -> FlowKey:
+        """The key of the one generic session that all unknown SPIs between two peers share in the end."""
+        kind = next(kind for kind, name in GENERIC_APPLICATION.items() if name is session.application)
+        ports = (0, 0) if session.application is Application.IPSEC_ESP else (session.client.port, session.server.port)
+        return FlowKey(kind, session.client.address, session.server.address, *ports, None, None)
+
+    # --- sessions that the IKE daemon announces -------------------------------------------------------
+
+    def _add_sa(self, sa: ChildSa, now: float) -> None:
+        """Give a CHILD_SA its place: in the session of its tunnel, or in a new one.
+
+        What provisional sessions counted under its SPIs goes along; the first of them lends the new session
+        its id and start time, so that an operator sees one session that became what it is.
+        """
+        session = self._tunnels.get(sa.tunnel)
+        is_new = session is None
+        if session is None:
+            session = self._predict(sa, now)
+        elif sa not in session.sas:
+            session.sas.append(sa)
+        flows: dict[Key, Flow] = {sa.key_in: session.flow_from(sa.remote), sa.key_out: session.flow_from(sa.local)}
+        holders = self._holders(flows, session)
+        if any(other.sas and other.state is not State.CLOSING for other in holders.values()):
+            self.counters.add("sa_spi_conflict")
+            session.sas.remove(sa)
+            return
+        provisional = [other for other in holders.values() if other.is_provisional]
+        if is_new and len(self.table) - len(provisional) >= self.table.capacity:
+            return  # the first packet tries again, and is counted if there is still no place
+        for key, other in holders.items():
+            if other.is_provisional:
+                self._absorb(other, flows[key])
+            else:
+                self.table.unindex(other, (key,))
+        if is_new:
+            if provisional:
+                session.id = min(other.id for other in provisional)
+                session.created_at = min(other.created_at for other in provisional)
+            else:
+                session.id = self.table.allocate_id()
+            self._take_in(session, flows)
+            self._tunnels[sa.tunnel] = session
+            self.counters.add("session_predicted")
+            self.ager.arm(session, session.timeout_s, now)
+        else:
+            self.table.index(session, flows.items())
+            self._events.append(SessionRekeyed(session, sa))
+        if provisional and session.state is State.OPENING:
+            session.last_seen_at = max(other.last_seen_at for other in provisional)
+            self._promote(session, provisional[0].ingress, provisional[0].client.zone, now)
+        session.ports_of_sa()
+
+    def _predict(self, sa: ChildSa, now: float) -> Session:
+        """The session of a tunnel that has just come up, not in the table yet.
+
+        The client is the IKE initiator. Both sides lie in the zone of the interface that has the local address,
+        as on PAN-OS, where traffic to the firewall itself stays within a zone.
+        """
+        name, zone = self._interface_of(sa.local)
+        here, there = Endpoint(sa.local, zone, sa.spi_in), Endpoint(sa.remote, zone, sa.spi_out)
+        client, server = (here, there) if sa.is_initiator else (there, here)
+        application = Application.IPSEC_UDP
+        return Session(
+            0,
+            application,
+            client,
+            server,
+            self._rule(client, server, application),
+            True,
+            name,
+            name,
+            self.settings.timeouts_s[application],
+            now,
+            type=SessionType.PRED,
+            sas=[sa],
+        )
+
+    def _holders(self, keys: Mapping[Key, Flow], session: Session) -> dict[Key, Session]:
+        """Which other sessions have these keys now."""
+        entries = {key: self.table.lookup(key) for key in keys}
+        return {key: entry[0] for key, entry in entries.items() if entry is not None and entry[0] is not session}
+
+    def _absorb(self, provisional: Session, flow: Flow) -> None:
+        """Move what a provisional session counted into `flow`; it leaves no trace but its counter."""
+        self.table.remove(provisional)
+        flow.absorb(provisional.c2s)  # it knows one SPI, so it has one direction
+        self.counters.add("session_absorbed")
+
+    def _promote(self, session: Session, interface: str, zone: str, now: float) -> None:
+        """The first packet of an announced session: now the interface is certain, and the rule decides."""
+        session.type = SessionType.FLOW
+        session.ingress = session.egress = interface
+        session.client.zone = session.server.zone = zone
+        session.rule = self._rule(session.client, session.server, session.application)
+        self.counters.add("session_promoted")
+        self._decide(session, now)
+        self._events.append(SessionPromoted(session))
+
+    def _remove_sa(self, sa: ChildSa, now: float) -> None:
+        """A CHILD_SA is gone. Its SPIs linger; with the last one the tunnel goes down."""
+        session = self._tunnels.get(sa.tunnel)
+        if session is None or sa not in session.sas:
+            return  # one that never got a session
+        if len(session.sas) > 1:
+            session.sas.remove(sa)
+            session.ports_of_sa()
+            self._lingering.append((now + SA_LINGER_S, session, sa))
+            return
+        del self._tunnels[sa.tunnel]
+        if session.state is State.OPENING:
+            self._end(session, EndReason.TUNNEL_DOWN, now)
+        elif session.state is State.ACTIVE:
+            session.move(Trigger.TUNNEL_DOWN)
+            session.end_reason = EndReason.TUNNEL_DOWN
+            session.refresh_s = 0
+            self.ager.arm(session, SA_LINGER_S, now)
+
+    def _predict_missing(self, now: float) -> None:
+        """Give those SAs a session that could not get one when they came up."""
+        for known in list(self.directory):
+            if known.sa.tunnel not in self._tunnels:
+                self._add_sa(known.sa, now)
+
+    # --- the end --------------------------------------------------------------------------------------
+
+    def _expire(self, session: Session, now: float) -> None:
+        """The ager says that a session's time is up."""
+        if session.state is State.OPENING:  # announced: it waits for its first packet while its SA lives
+            self.ager.arm(session, session.timeout_s, now)
+        elif session.is_provisional and session.state is State.ACTIVE:
+            self._grace_over(session, now)
+        else:
+            self._end(session, EndReason.AGED_OUT, now)
+
+    def _end(self, session: Session, reason: EndReason, now: float) -> None:
+        """End a live session. A reason that stands already, such as the denial, is the one that is kept."""
+        if session.end_reason is EndReason.UNKNOWN:
+            session.end_reason = reason
+        self.table.end(session, now)
+        self.counters.add("session_ended")
+        if session.end_reason in _END_COUNTERS:
+            self.counters.add(_END_COUNTERS[session.end_reason])
+        self._events.append(SessionEnded(session))
+        if session.sas and self._tunnels.get(session.sas[-1].tunnel) is session:
+            del self._tunnels[session.sas[-1].tunnel]
+            for sa in session.sas:  # the tunnel is still up: it waits for its next packet
+                self._add_sa(sa, now)
+
+    # --- where and under which rule -------------------------------------------------------------------
+
+    def _rule(self, client: Endpoint, server: Endpoint, application: Application) -> Rule:
+        return self.settings.policy.lookup(client.zone, server.zone, client.address, server.address, application)
+
+    def _zone(self, index: int) -> str:
+        zone = self._zone_of_index.get(index)
+        if zone is None:
+            zone = self.settings.zones.zone_of(self.interfaces.name_of(index))
+            self._zone_of_index[index] = zone
+        return zone
+
+    def _interface_of(self, address: bytes) -> tuple[str, str]:
+        """Name and zone of the interface that has a local address."""
+        index = self.interfaces.owner_of(address)
+        if index is None:
+            return "unknown", self.settings.zones.default
+        return self.interfaces.name_of(index), self._zone(index)
+
+
+def _spi_key(packet: Packet, spi: int) -> SpiKey:
+    return (packet.dst, packet.sport != 0 or packet.dport != 0, spi)

@@ -1,0 +1,81 @@
+"""The interfaces and addresses of this host, as the kernel reports them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True, slots=True)
+class LinkPresent:
+    """An interface exists under this name; a rename is the same with another name."""
+
+    index: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class LinkGone:
+    """An interface is no more, and its addresses with it."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class AddressPresent:
+    """An interface has this address, in network order."""
+
+    index: int
+    address: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AddressGone:
+    """An interface has this address no more."""
+
+    index: int
+    address: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class InterfaceSnapshot:
+    """All that there is; what is not in it does not exist."""
+
+    links: tuple[LinkPresent, ...]
+    addresses: tuple[AddressPresent, ...]
+
+
+InterfaceEvent: TypeAlias = LinkPresent | LinkGone | AddressPresent | AddressGone | InterfaceSnapshot
+
+
+class InterfaceTable:
+    """Names by interface index, and which interface has which address."""
+
+    def __init__(self) -> None:
+        self._names: dict[int, str] = {}
+        self._owners: dict[bytes, int] = {}
+
+    def name_of(self, index: int) -> str:
+        """The interface's name, or `if7` while the kernel has not told it."""
+        return self._names.get(index) or f"if{index}"
+
+    def owner_of(self, address: bytes) -> int | None:
+        """The index of the interface with this address (network order), None if this host has it not."""
+        return self._owners.get(address)
+
+    def apply(self, event: InterfaceEvent) -> None:
+        """Learn what the kernel said; saying it twice changes nothing."""
+        match event:
+            case LinkPresent(index, name):
+                self._names[index] = name
+            case LinkGone(index):
+                self._names.pop(index, None)
+                self._owners = {address: owner for address, owner in self._owners.items() if owner != index}
+            case AddressPresent(index, address):
+                self._owners[address] = index
+            case AddressGone(index, address):
+                if self._owners.get(address) == index:
+                    del self._owners[address]
+            case InterfaceSnapshot(links, addresses):
+                self._names = {link.index: link.name for link in links}
+                self._owners = {known.address: known.index for known in addresses}

@@ -1,0 +1,87 @@
+"""Zones and the rules between them: which session may be, decided once, when it is set up.
+
+As in PAN-OS the first rule that matches wins, and a default that the configuration names stands at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from fnmatch import fnmatchcase
+
+
+class Action(StrEnum):
+    """What a rule does with the session."""
+
+    ALLOW = "allow"
+    DENY = "deny"
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """An address prefix: `network` in network order (4 or 16 bytes), `length` in bits."""
+
+    network: bytes
+    length: int
+
+    def contains(self, address: bytes) -> bool:
+        """Whether the address lies in the prefix; one of the other family never does."""
+        if len(address) != len(self.network):
+            return False
+        shift = len(address) * 8 - self.length
+        return int.from_bytes(address) >> shift == int.from_bytes(self.network) >> shift
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule. An empty match field matches everything (PAN-OS's `any`)."""
+
+    name: str
+    action: Action
+    log_at_end: bool = True
+    from_zones: frozenset[str] = frozenset()
+    to_zones: frozenset[str] = frozenset()
+    sources: tuple[Prefix, ...] = ()
+    destinations: tuple[Prefix, ...] = ()
+    applications: frozenset[str] = frozenset()
+
+    def matches(self, from_zone: str, to_zone: str, source: bytes, destination: bytes, application: str) -> bool:
+        """Whether a session from client to server, addresses in network order, falls under this rule."""
+        return (
+            (not self.from_zones or from_zone in self.from_zones)
+            and (not self.to_zones or to_zone in self.to_zones)
+            and (not self.applications or application in self.applications)
+            and (not self.sources or any(prefix.contains(source) for prefix in self.sources))
+            and (not self.destinations or any(prefix.contains(destination) for prefix in self.destinations))
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Rules in order, and the one that applies where none matches."""
+
+    rules: tuple[Rule, ...]
+    default: Rule
+
+    def lookup(self, from_zone: str, to_zone: str, source: bytes, destination: bytes, application: str) -> Rule:
+        """The first rule that matches, else the default."""
+        for rule in self.rules:
+            if rule.matches(from_zone, to_zone, source, destination, application):
+                return rule
+        return self.default
+
+
+@dataclass(frozen=True, slots=True)
+class Zones:
+    """Which interface lies in which zone: (name or shell pattern, zone), the first match wins."""
+
+    patterns: Sequence[tuple[str, str]] = ()
+    default: str = "any"
+
+    def zone_of(self, interface: str) -> str:
+        """The zone of an interface by its name."""
+        for pattern, zone in self.patterns:
+            if fnmatchcase(interface, pattern):
+                return zone
+        return self.default

@@ -1,0 +1,177 @@
+"""A session: two flows, one state, one rule. What PAN-OS shows of it follows from these fields.
+
+The client is the side that opened it; the c2s flow goes from the client to the server, and the s2c flow is
+the same turned round: addresses, zones and the two "ports" swap places (SPEC section 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from .constants import GENERIC_ESP_PORT, PROTO_ESP, PROTO_UDP, SPIS_SEEN
+from .packet import Kind, Packet
+from .policy import Rule
+from .sa import ChildSa, SpiKey
+from .state import EndReason, State, Trigger, next_state
+
+
+class Application(StrEnum):
+    """PAN-OS's names of the IPsec applications, and IKE."""
+
+    IPSEC_ESP = "ipsec-esp"
+    IPSEC_UDP = "ipsec-udp"
+    IPSEC_ESP_UDP = "ipsec-esp-udp"
+    IKE = "ike"
+
+    @property
+    def protocol(self) -> int:
+        """The IP protocol number that a session of this application shows."""
+        return PROTO_ESP if self in (Application.IPSEC_ESP, Application.IPSEC_UDP) else PROTO_UDP
+
+
+#: What a packet is taken for as long as no IKE daemon claims its SPI.
+GENERIC_APPLICATION = {
+    Kind.ESP: Application.IPSEC_ESP,
+    Kind.ESP_IN_UDP: Application.IPSEC_ESP_UDP,
+    Kind.IKE: Application.IKE,
+}
+
+
+class SessionType(StrEnum):
+    """FLOW: packets were seen. PRED: announced by the IKE daemon, no packet yet."""
+
+    FLOW = "FLOW"
+    PRED = "PRED"
+
+
+@dataclass(frozen=True, slots=True)
+class FlowKey:
+    """How a packet without a known SPI finds its session.
+
+    Addresses are in network order; the UDP ports are 0 for plain ESP; the zones are None where the session
+    ends on this host, because its packets may come and go by different interfaces.
+    """
+
+    kind: Kind
+    src: bytes
+    dst: bytes
+    sport: int
+    dport: int
+    src_zone: str | None
+    dst_zone: str | None
+
+    def reversed(self) -> FlowKey:
+        """The key of the packets that flow the other way."""
+        return FlowKey(self.kind, self.dst, self.src, self.dport, self.sport, self.dst_zone, self.src_zone)
+
+
+@dataclass(slots=True, eq=False)
+class Flow:
+    """What one direction of a session carried: IP packets, their bytes (IP header included), their SPIs.
+
+    `spis` holds the most recent SPIs in the order in which they were first seen.
+    """
+
+    packet_count: int = 0
+    byte_count: int = 0
+    spis: dict[int, None] = field(default_factory=dict)
+
+    def note_spi(self, spi: int) -> None:
+        """Remember an SPI seen on the wire; the oldest of more than SPIS_SEEN is forgotten."""
+        if len(self.spis) >= SPIS_SEEN:
+            del self.spis[next(iter(self.spis))]
+        self.spis[spi] = None
+
+    def absorb(self, other: Flow) -> None:
+        """Take over what another flow counted; the other one is to be thrown away."""
+        self.packet_count += other.packet_count
+        self.byte_count += other.byte_count
+        for spi in other.spis:
+            self.note_spi(spi)
+
+
+@dataclass(slots=True)
+class Endpoint:
+    """One side of a session: address in network order, zone, and what is shown as its port."""
+
+    address: bytes
+    zone: str
+    port: int
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One entry of the session table.
+
+    Times are monotonic seconds, but for `expires_at`, which is in the ager's own time (see ager.py).
+    `refresh_s` is what a packet sets the time to live to: 0 where packets do not prolong it. `ingress` and
+    `egress` are interface names as of the first packet. `sas` are the CHILD_SAs of a tunnel that ends here,
+    the newest last; `udp_ports` are those of ESP in UDP, client first.
+    """
+
+    id: int
+    application: Application
+    client: Endpoint
+    server: Endpoint
+    rule: Rule
+    is_terminated: bool
+    ingress: str
+    egress: str
+    timeout_s: int
+    created_at: float
+    state: State = State.INIT
+    type: SessionType = SessionType.FLOW
+    end_reason: EndReason = EndReason.UNKNOWN
+    is_provisional: bool = False
+    last_seen_at: float = 0.0
+    expires_at: float = 0.0
+    refresh_s: int = 0
+    armed_at: float | None = None
+    c2s: Flow = field(default_factory=Flow)
+    s2c: Flow = field(default_factory=Flow)
+    keys: list[FlowKey | SpiKey] = field(default_factory=list)
+    sas: list[ChildSa] = field(default_factory=list)
+    rekeys: int = 0
+    udp_ports: tuple[int, int] | None = None
+
+    @property
+    def packet_count(self) -> int:
+        """Packets of both flows."""
+        return self.c2s.packet_count + self.s2c.packet_count
+
+    @property
+    def byte_count(self) -> int:
+        """Bytes of both flows."""
+        return self.c2s.byte_count + self.s2c.byte_count
+
+    def move(self, trigger: Trigger) -> None:
+        """Go to the next state. Raises IllegalTransition and changes nothing if the table has none."""
+        self.state = next_state(self.state, trigger)
+
+    def flow_from(self, address: bytes) -> Flow:
+        """The flow of the packets that `address` sends."""
+        return self.c2s if address == self.client.address else self.s2c
+
+    def ports_of(self, packet: Packet) -> None:
+        """Show the ports of a session that no IKE daemon announced (SPEC section 1)."""
+        if packet.kind is Kind.ESP:
+            self.client.port = self.server.port = GENERIC_ESP_PORT
+        else:
+            self.client.port, self.server.port = packet.sport, packet.dport
+
+    def ports_of_sa(self) -> None:
+        """Show the SPIs of the newest CHILD_SA that carries traffic, or of the newest one if none does.
+
+        Each side's port is the SPI that it receives on. PAN-OS: kA10g000000ClXiCAK.
+        """
+        for sa in reversed(self.sas):
+            from_here, to_here = self.flow_from(sa.local), self.flow_from(sa.remote)
+            if sa.spi_out in from_here.spis or sa.spi_in in to_here.spis:
+                break
+        else:
+            sa = self.sas[-1]
+        here, there = (sa.spi_in, sa.local_port), (sa.spi_out, sa.remote_port)
+        client, server = (here, there) if sa.local == self.client.address else (there, here)
+        self.client.port, self.server.port = client[0], server[0]
+        self.udp_ports = (client[1], server[1]) if sa.encap else None

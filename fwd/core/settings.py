@@ -1,0 +1,43 @@
+"""What the configuration decides, as the core wants it: checked, complete, without its file format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from .policy import Policy, Zones
+from .session import Application
+
+
+class UnknownSpi(StrEnum):
+    """What becomes of a session whose SPI no IKE daemon claimed within the grace time."""
+
+    GENERIC = "generic"
+    DISCARD = "discard"
+
+
+#: PAN-OS's defaults, in seconds (SPEC section 3).
+DEFAULT_TIMEOUTS: Mapping[Application, int] = {
+    Application.IPSEC_ESP: 3600,
+    Application.IPSEC_UDP: 3600,
+    Application.IPSEC_ESP_UDP: 3600,
+    Application.IKE: 30,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All that the core can be told. Times in seconds, `ageing_threshold` a share from 0 to 1."""
+
+    policy: Policy
+    zones: Zones
+    timeouts_s: Mapping[Application, int] = field(default_factory=lambda: DEFAULT_TIMEOUTS)
+    discard_timeout_s: int = 60
+    max_sessions: int = 65536
+    ageing_threshold: float = 0.8
+    ageing_factor: int = 2
+    keep_ended: int = 4096
+    keep_ended_s: int = 300
+    unknown_spi: UnknownSpi = UnknownSpi.GENERIC
+    unknown_spi_grace_s: int = 5

@@ -1,0 +1,130 @@
+"""The session table: bounded, found by id and by packet key, with the ended sessions still readable.
+
+All keys of a session are indexed together or not at all (SPEC section 2): a table that knows one direction
+only would show half a tunnel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeAlias
+
+from .sa import SpiKey
+from .session import Flow, FlowKey, Session
+from .state import Trigger
+
+Key: TypeAlias = FlowKey | SpiKey
+
+#: What a packet key leads to: the session, and the flow of it that counts the packet.
+Entry: TypeAlias = tuple[Session, Flow]
+
+_MAX_ID = 2**31 - 1
+
+
+class TableFull(Exception):
+    """All places are taken; nothing was changed."""
+
+
+class KeyInUse(Exception):
+    """Another session has one of the keys; nothing was changed."""
+
+
+class SessionTable:
+    """Live sessions by id and by key, at most `capacity`; ended ones by id, at most `keep_ended`."""
+
+    def __init__(self, capacity: int, keep_ended: int) -> None:
+        self.capacity = capacity
+        self.keep_ended = keep_ended
+        self._live: dict[int, Session] = {}
+        self._ended: dict[int, tuple[float, Session]] = {}
+        self._entries: dict[Key, Entry] = {}
+        self._last_id = 0
+        #: What a packet asks for, with no call in between: the entry of a key, or None.
+        self.lookup = self._entries.get
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __iter__(self) -> Iterator[Session]:
+        """The live sessions in the order of their allocation."""
+        return iter(self._live.values())
+
+    @property
+    def utilisation(self) -> float:
+        """The share of places taken, 0 to 1 (more after the capacity was lowered)."""
+        return len(self._live) / self.capacity
+
+    @property
+    def ended(self) -> Iterator[Session]:
+        """Sessions that ended and are still readable, the oldest end first."""
+        return (session for _, session in self._ended.values())
+
+    def allocate_id(self) -> int:
+        """The next session id: from 1 upwards, never one that is still readable."""
+        while True:
+            self._last_id = self._last_id % _MAX_ID + 1
+            if self._last_id not in self._live and self._last_id not in self._ended:
+                return self._last_id
+
+    def find(self, session_id: int) -> Session | None:
+        """The session of that id, live or ended."""
+        live = self._live.get(session_id)
+        if live is not None:
+            return live
+        ended = self._ended.get(session_id)
+        return ended[1] if ended else None
+
+    def live(self, session_id: int) -> Session | None:
+        """The session of that id if it has not ended."""
+        return self._live.get(session_id)
+
+    def add(self, session: Session, entries: Iterable[tuple[Key, Flow]]) -> None:
+        """Take a new session in, with all its keys. Raises TableFull or KeyInUse and changes nothing."""
+        if len(self._live) >= self.capacity:
+            raise TableFull
+        self.index(session, entries)
+        session.move(Trigger.ALLOCATE)
+        self._live[session.id] = session
+
+    def index(self, session: Session, entries: Iterable[tuple[Key, Flow]]) -> None:
+        """Let further keys lead to the session, all or none. Raises KeyInUse and changes nothing."""
+        wanted = dict(entries)
+        for key in wanted:
+            taken = self._entries.get(key)
+            if taken is not None and taken[0] is not session:
+                raise KeyInUse
+        for key, flow in wanted.items():
+            if key not in self._entries:
+                session.keys.append(key)
+            self._entries[key] = (session, flow)
+
+    def unindex(self, session: Session, keys: Iterable[Key]) -> None:
+        """Let these keys lead to the session no more; those of others stay."""
+        for key in keys:
+            entry = self._entries.get(key)
+            if entry is not None and entry[0] is session:
+                del self._entries[key]
+                session.keys.remove(key)
+
+    def end(self, session: Session, now: float) -> None:
+        """Take a live session out; it stays readable by its id for a while."""
+        self.remove(session)
+        session.move(Trigger.END)
+        session.move(Trigger.RELEASE)
+        session.move(Trigger.RECYCLE)
+        self._ended[session.id] = (now, session)
+        while len(self._ended) > self.keep_ended:
+            del self._ended[next(iter(self._ended))]
+
+    def remove(self, session: Session) -> None:
+        """Take a live session out without a trace: its counts live on in another one."""
+        self.unindex(session, tuple(session.keys))
+        del self._live[session.id]
+
+    def forget_ended(self, before: float) -> None:
+        """Drop the ended sessions that ended before that time."""
+        while self._ended:
+            session_id, (ended_at, _) = next(iter(self._ended.items()))
+            if ended_at >= before:
+                break
+            del self._ended[session_id]

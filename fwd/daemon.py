@@ -1,0 +1,293 @@
+"""fwd, the daemon: it wires the core to the edges and keeps them all served from one event loop.
+
+Each turn handles a bounded number of packets, then lets the loop serve timers, the control socket and what
+the VICI threads and the interface watcher handed over. What there is to decide, the core decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import platform
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+
+from . import __version__
+from .api import Api
+from .config import DEFAULT_PATH, Config, ConfigError, load
+from .core.events import Event, SessionCreated, SessionEnded, SessionRekeyed
+from .core.firewall import Firewall, Verdict
+from .core.interfaces import InterfaceEvent
+from .core.sa import SaEvent, SaSnapshot, SaSourceLost
+from .edge import systemd
+from .edge.control import Access, ControlError, ControlServer
+from .edge.interfaces import InterfaceWatcher
+from .edge.nfqueue import PacketQueue, QueueError
+from .edge.queue_stats import kernel_queue_stats
+from .edge.ruleset import Ruleset, RulesetError
+from .edge.vici import ViciListener
+
+log = logging.getLogger("fwd")
+
+#: Packets handled before the loop serves everything else: about a millisecond's worth.
+PACKETS_PER_TURN = 128
+
+#: How long a clean stop goes on handing back packets that wait in the queue, in seconds.
+DRAIN_S = 1.0
+
+
+class Daemon:
+    """One running fwd: the core, its edges, and what connects them."""
+
+    def __init__(self, config: Config, config_path: Path | None) -> None:
+        self._config = config
+        self._config_path = config_path
+        self._firewall = Firewall(config.settings(), time.monotonic())
+        plane = config.dataplane
+        self._queue = PacketQueue(plane.queue, plane.queue_length, self._decide, self._firewall.drop_unhandled)
+        self._ruleset = Ruleset(plane.queue, plane.fail == "open")
+        self._interfaces = InterfaceWatcher(self._interface_event)
+        self._vici = ViciListener(config.vici.socket, self._sa_event_from_thread)
+        self._api = Api(self._firewall, time.monotonic, config.vici.socket, self._host, self._take_edge_counts)
+        self._control = ControlServer(
+            Path(config.control.socket), self._control_request, self._api.rights, _access(config)
+        )
+        self._timer: asyncio.TimerHandle | None = None
+        self._stop = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    async def run(self) -> None:
+        """Work until SIGTERM or SIGINT. Raises QueueError, RulesetError or ControlError if it cannot start."""
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._queue.close)
+            fd = self._queue.open()  # first of all: it fails if another fwd has the queue, whose rules must stay
+            stack.push_async_callback(self._control.stop)
+            await self._control.start()
+            watcher = asyncio.create_task(self._interfaces.run())
+            stack.callback(watcher.cancel)
+            await self._interfaces.ready.wait()
+            self._loop.add_reader(fd, self._packets)
+            stack.callback(self._loop.remove_reader, fd)
+            stack.callback(self._drain)
+            stack.callback(self._ruleset.remove)
+            log.info("rules installed: %s", self._ruleset.install())
+            stack.callback(self._vici.stop)
+            self._vici.start()
+            self._loop.add_signal_handler(signal.SIGHUP, self._reload)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._loop.add_signal_handler(number, self._stop.set)
+            self._run_timer()
+            if (interval := systemd.watchdog_interval_s()) is not None:
+                stack.callback(asyncio.create_task(self._feed_watchdog(interval)).cancel)
+            log.info("fwd %s is ready: queue %d, %s", __version__, self._config.dataplane.queue, self._summary())
+            systemd.notify("READY=1", f"STATUS={self._summary()}")
+            await self._stop.wait()
+            systemd.notify("STOPPING=1")
+            log.info("stopping")
+
+    # --- what the edges hand over -------------------------------------------------------------------
+
+    def _decide(self, octets: bytes, hook: int, indev: int, outdev: int) -> Verdict:
+        return self._firewall.receive_packet(octets, hook, indev, outdev, time.monotonic())
+
+    def _packets(self) -> None:
+        self._queue.turn(PACKETS_PER_TURN)
+        self._after_turn()
+
+    def _sa_event_from_thread(self, event: SaEvent) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed already
+            self._loop.call_soon_threadsafe(self._sa_event, event)
+
+    def _sa_event(self, event: SaEvent) -> None:
+        if isinstance(event, SaSourceLost):
+            log.warning("%s: %s; SAs known so far stay in use", self._config.vici.socket, event.reason)
+        elif isinstance(event, SaSnapshot) and not self._firewall.directory.is_fresh:
+            log.info("%s: connected, %d CHILD_SAs", self._config.vici.socket, len(event.sas))
+        self._firewall.apply_sa(event, time.monotonic())
+        self._after_turn()
+
+    def _interface_event(self, event: InterfaceEvent) -> None:
+        self._firewall.apply_interface(event)
+
+    def _control_request(self, method: str, params: Mapping[str, object]) -> object:
+        try:
+            return self._api.dispatch(method, params)
+        finally:
+            self._after_turn()
+
+    def _run_timer(self) -> None:
+        self._firewall.handle_timer(time.monotonic())
+        self._timer = None
+        self._after_turn()
+
+    def _after_turn(self) -> None:
+        """Tell what happened, and be called again when the core wants it."""
+        while (event := self._firewall.next_event()) is not None:
+            _log_event(event)
+        deadline = self._firewall.next_deadline()
+        if self._timer is None or deadline < self._timer.when():
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(deadline, self._run_timer)
+
+    # --- what the service manager and the operator ask ------------------------------------------------
+
+    async def _feed_watchdog(self, interval_s: float) -> None:
+        while True:
+            systemd.notify("WATCHDOG=1", f"STATUS={self._summary()}")
+            await asyncio.sleep(interval_s)
+
+    def _reload(self) -> None:
+        """Read the configuration again, whole or not at all."""
+        systemd.reloading()
+        try:
+            config = load(self._config_path)
+            before, after = self._config.restart_keys(), config.restart_keys()
+            fixed = [key for key, value in before.items() if after[key] != value]
+            if fixed:
+                raise ConfigError(f"{', '.join(fixed)}: only a restart changes this; nothing was changed")
+            if config.dataplane.fail != self._config.dataplane.fail:
+                ruleset = Ruleset(config.dataplane.queue, config.dataplane.fail == "open")
+                log.info("rules installed: %s", ruleset.install())
+                self._ruleset.fail_open = ruleset.fail_open
+        except (ConfigError, RulesetError) as error:
+            for line in str(error).splitlines():
+                log.error("not reloaded: %s", line)
+        else:
+            self._config = config
+            self._firewall.reconfigure(config.settings())
+            self._control.access = _access(config)
+            logging.getLogger().setLevel(config.log.level.upper())
+            log.info("reloaded: %d rules", len(config.rules))
+        systemd.notify("READY=1", f"STATUS={self._summary()}")
+
+    def _drain(self) -> None:
+        """Hand back what still waits in the queue: the rules are gone, so it ends soon."""
+        deadline = time.monotonic() + DRAIN_S
+        while self._queue.turn(PACKETS_PER_TURN) and time.monotonic() < deadline:
+            pass
+
+    def _take_edge_counts(self) -> None:
+        """Bring what the edges count to the global counters."""
+        values = self._firewall.counters.values
+        values["queue_overrun"] = self._queue.overruns
+        values["control_request"], values["control_refused"] = self._control.requests, self._control.refused
+        stats = kernel_queue_stats(self._queue.number)
+        if stats is not None:
+            values["queue_kernel_drop"], values["queue_socket_drop"] = stats.queue_dropped, stats.socket_dropped
+
+    def _summary(self) -> str:
+        vici = "charon connected" if self._firewall.directory.is_fresh else "charon away"
+        return f"{len(self._firewall.table)} sessions, {vici}"
+
+    def _host(self) -> Mapping[str, object]:
+        directory, plane = self._firewall.directory, self._config.dataplane
+        stats = kernel_queue_stats(plane.queue)
+        return {
+            "hostname": socket.gethostname(),
+            "fwd-version": __version__,
+            "kernel": platform.release(),
+            "pid": os.getpid(),
+            "uptime": _duration(time.monotonic() - self._firewall.started_at),
+            "configuration": str(self._config_path or (DEFAULT_PATH if DEFAULT_PATH.exists() else "built-in default")),
+            "rules": len(self._config.rules),
+            "default-rule": f"{self._config.default_rule.name} ({self._config.default_rule.action})",
+            "queue": plane.queue,
+            "queue-waiting": stats.waiting if stats else 0,
+            "queue-rules": self._ruleset.backend,
+            "without-fwd": "packets pass (fail-open)" if plane.fail == "open" else "packets are dropped (fail-closed)",
+            "strongswan": "connected" if directory.is_fresh else f"away: {directory.lost_reason}",
+            "tunnels": sum(1 for _ in directory),
+            "sessions": f"{len(self._firewall.table)} of {self._firewall.table.capacity}",
+        }
+
+
+def _access(config: Config) -> Access:
+    return Access(config.control.read_groups, config.control.change_groups)
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return f"{days} days, {hour}:{minute:02}:{second:02}"
+
+
+def _log_event(event: Event) -> None:
+    session = event.session
+    # Tunnels of this host are worth a line each; sessions in transit come and go by the thousand.
+    level = logging.INFO if session.sas else logging.DEBUG
+    if not log.isEnabledFor(level):
+        return
+    what = type(event).__name__.removeprefix("Session").lower()
+    tunnel = f" ({session.sas[-1].ike_name}/{session.sas[-1].child_name})" if session.sas else ""
+    more = ""
+    if isinstance(event, SessionCreated | SessionRekeyed) and session.sas:
+        more = f": SPI in {session.sas[-1].spi_in}, out {session.sas[-1].spi_out}"
+    elif isinstance(event, SessionEnded):
+        more = f": {session.end_reason}, {session.packet_count} packets, {session.byte_count} bytes"
+    log.log(level, "session %d%s %s%s", session.id, tunnel, what, more)
+
+
+class _JournalFormatter(logging.Formatter):
+    """sd-daemon(3): a line's priority stands in front of it."""
+
+    _PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (logging.DEBUG, 7))
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = next((number for level, number in self._PRIORITIES if record.levelno >= level), 7)
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
+
+
+def _set_up_logging(level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    stderr = os.fstat(sys.stderr.fileno())
+    if os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}":
+        handler.setFormatter(_JournalFormatter("%(message)s"))
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help=f"TOML file to read; without it {DEFAULT_PATH} if it exists, else the built-in default: every interface"
+    " in zone 'any', one rule 'any-any' that allows.",
+)
+@click.option("--check", is_flag=True, help="Only check the configuration: exit status 0, or 1 and why.")
+@click.version_option(__version__, prog_name="fwd")
+def main(config_path: Path | None, check: bool) -> None:
+    """The IPsec firewall daemon: decides on ESP, IKE and NAT-T packets and keeps their session table.
+
+    It needs CAP_NET_ADMIN. It puts its own netfilter rules in place when it starts and takes them out when it is
+    stopped (SIGTERM). SIGHUP reads the configuration again, whole or not at all. Ask it with fwctl.
+
+    \b
+      fwd --check --config my.toml     is this file right?
+      fwd --config my.toml             run in the foreground, log to stderr
+      fwctl show session all           then, from another terminal
+    """
+    try:
+        config = load(config_path)
+        if check:
+            click.echo(f"{config_path or DEFAULT_PATH}: right, {len(config.rules)} rules")
+            return
+        _set_up_logging(config.log.level)
+        asyncio.run(_run(config, config_path))
+    except (ConfigError, ControlError, QueueError, RulesetError) as error:
+        raise click.ClickException(str(error)) from None
+
+
+async def _run(config: Config, config_path: Path | None) -> None:
+    await Daemon(config, config_path).run()

@@ -1,0 +1,244 @@
+"""The control socket: JSON-RPC 2.0 over a unix socket, one request a line, one answer a line.
+
+Size, time and number of clients are bounded, and a client has one request at a time: one that sends garbage,
+sends slowly or does not read costs a bounded piece of memory, and no packet its verdict. Who may do what is
+decided by the peer's credentials (SO_PEERCRED, unix(7)), not by the file mode, so that one who may not hears why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import grp
+import json
+import logging
+import os
+import pwd
+import socket
+import stat
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..rpc import (
+    BUSY,
+    FORBIDDEN,
+    INTERNAL_ERROR,
+    INVALID_PARAMS,
+    INVALID_REQUEST,
+    MAX_ANSWER_BYTES,
+    MAX_REQUEST_BYTES,
+    PARSE_ERROR,
+    RpcError,
+)
+
+log = logging.getLogger(__name__)
+
+MAX_CLIENTS = 32
+#: How long a client may be silent, and how long it may take to read an answer, in seconds.
+IDLE_S = 60.0
+READ_S = 10.0
+
+
+class ControlError(Exception):
+    """The socket cannot be had; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is at the other end: user and the names of all groups."""
+
+    uid: int
+    groups: frozenset[str]
+
+
+@dataclass(slots=True)
+class Access:
+    """Who has which right. root and the daemon's own user have all."""
+
+    read_groups: Sequence[str]
+    change_groups: Sequence[str]
+
+    def check(self, peer: Peer, right: str) -> None:
+        """Raises RpcError FORBIDDEN if the peer has not the right, `read` or `change`."""
+        allowed = [*self.change_groups, *(self.read_groups if right == "read" else ())]
+        if peer.uid not in (0, os.geteuid()) and not peer.groups.intersection(allowed):
+            groups = f" and members of group {' or '.join(allowed)}" if allowed else ""
+            raise RpcError(
+                FORBIDDEN,
+                f"permission denied: uid {peer.uid} may not {right}; root{groups} may"
+                f" ([control] {right}-groups in fwd's configuration)",
+            )
+
+
+class ControlServer:
+    """The daemon's end. `dispatch(method, params)` answers or raises RpcError; it must be quick.
+
+    `rights` maps each method to the right it needs.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        dispatch: Callable[[str, Mapping[str, object]], Any],
+        rights: Mapping[str, str],
+        access: Access,
+    ) -> None:
+        self._path = path
+        self._dispatch = dispatch
+        self._rights = rights
+        self.access = access
+        self.requests = 0
+        self.refused = 0
+        self._server: asyncio.Server | None = None
+        self._clients: set[asyncio.Task[None]] = set()
+        self._inode = 0
+
+    async def start(self) -> None:
+        """Listen. Replaces what a dead daemon left behind. Raises ControlError."""
+        try:
+            self._path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            self._clear_way()
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            listener.bind(str(self._path))
+            os.chmod(self._path, 0o666)
+            self._inode = os.lstat(self._path).st_ino
+        except OSError as error:
+            raise ControlError(
+                f"cannot listen on {self._path} ({error.strerror}): [control] socket chooses another path"
+            ) from None
+        self._server = await asyncio.start_unix_server(self._accept, sock=listener, limit=MAX_REQUEST_BYTES)
+
+    async def stop(self) -> None:
+        """Hang up on everybody and take the socket away, if it is still ours."""
+        if self._server is None:
+            return
+        self._server.close()
+        for client in self._clients:
+            client.cancel()
+        await asyncio.gather(*self._clients, return_exceptions=True)
+        with contextlib.suppress(FileNotFoundError):
+            if os.lstat(self._path).st_ino == self._inode:
+                self._path.unlink()
+
+    def _clear_way(self) -> None:
+        try:
+            found = os.lstat(self._path)
+        except FileNotFoundError:
+            return
+        if not stat.S_ISSOCK(found.st_mode):
+            raise ControlError(f"{self._path} is no socket: remove it, or choose another [control] socket")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(1.0)
+            try:
+                probe.connect(str(self._path))
+            except (ConnectionRefusedError, FileNotFoundError):
+                self._path.unlink(missing_ok=True)
+                return
+        raise ControlError(f"another fwd answers on {self._path}: stop it, or choose another [control] socket")
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._clients.add(task)
+        try:
+            # A peer that hangs up, is too slow or silent for too long ends its own connection, nothing else.
+            with contextlib.suppress(OSError, TimeoutError, asyncio.CancelledError):
+                await self._serve(reader, writer)
+        finally:
+            self._clients.discard(task)
+            writer.transport.abort() if task.cancelling() else writer.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.transport.set_write_buffer_limits(high=0)
+        if len(self._clients) > MAX_CLIENTS:
+            self.refused += 1
+            await _send(writer, _error(None, BUSY, f"{MAX_CLIENTS} clients are connected already: try again later"))
+            return
+        peer = _peer_of(writer.get_extra_info("socket"))
+        while True:
+            async with asyncio.timeout(IDLE_S):
+                try:
+                    line = await reader.readline()
+                except ValueError:
+                    self.refused += 1
+                    await _send(
+                        writer, _error(None, INVALID_REQUEST, f"a request has {MAX_REQUEST_BYTES} bytes at most")
+                    )
+                    return
+            if not line:
+                return
+            answer = self._answer(line, peer)
+            if answer is not None:
+                await _send(writer, answer)
+
+    def _answer(self, line: bytes, peer: Peer) -> bytes | None:
+        """The answer to one line; None to a notification, which has no id and wants none."""
+        self.requests += 1
+        try:
+            request = json.loads(line, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError):
+            self.refused += 1
+            return _error(None, PARSE_ERROR, "this is no JSON: one request a line, as JSON-RPC 2.0 has it")
+        identity = request.get("id") if isinstance(request, dict) else None
+        try:
+            answer = _encode({"jsonrpc": "2.0", "id": identity, "result": self._call(request, peer)})
+            if len(answer) > MAX_ANSWER_BYTES:
+                raise RpcError(INVALID_PARAMS, "the answer would be too long: ask for a smaller page")
+        except RpcError as error:
+            self.refused += 1
+            answer = _error(identity, error.code, error.message)
+        except Exception:
+            log.exception("a request met a defect of fwd")
+            answer = _error(identity, INTERNAL_ERROR, "error inside fwd: its log says more")
+        is_notification = isinstance(request, dict) and "id" not in request and "method" in request
+        return None if is_notification else answer
+
+    def _call(self, request: Any, peer: Peer) -> Any:
+        if not isinstance(request, dict):
+            raise RpcError(INVALID_REQUEST, "a request is one JSON object; batches are not taken")
+        method, params, identity = request.get("method"), request.get("params", {}), request.get("id")
+        if request.get("jsonrpc") != "2.0" or not isinstance(method, str):
+            raise RpcError(INVALID_REQUEST, 'a request has "jsonrpc": "2.0" and a "method"')
+        if isinstance(identity, (dict, list, bool)):
+            raise RpcError(INVALID_REQUEST, "an id is a number or a string")
+        if not isinstance(params, dict):
+            raise RpcError(INVALID_PARAMS, "params are given by name, as an object")
+        self.access.check(peer, self._rights.get(method, "read"))
+        return self._dispatch(method, params)
+
+
+async def _send(writer: asyncio.StreamWriter, line: bytes) -> None:
+    writer.write(line)
+    async with asyncio.timeout(READ_S):
+        await writer.drain()
+
+
+def _encode(message: Mapping[str, Any]) -> bytes:
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+def _error(identity: Any, code: int, message: str) -> bytes:
+    if isinstance(identity, (dict, list, bool)):
+        identity = None
+    return _encode({"jsonrpc": "2.0", "id": identity, "error": {"code": code, "message": message}})
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _peer_of(connection: socket.socket) -> Peer:
+    """Who connected, as the kernel knows: struct ucred (unix(7)) and the user's groups by name."""
+    _, uid, gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    try:
+        gids = os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)
+    except KeyError:
+        gids = [gid]
+    names = set()
+    for member in gids:
+        with contextlib.suppress(KeyError):
+            names.add(grp.getgrgid(member).gr_name)
+    return Peer(uid, frozenset(names))

@@ -1,0 +1,118 @@
+"""The kernel's packet queue: every packet that comes out of it goes back with one verdict.
+
+The `netfilterqueue` package reads until the queue is empty, which a flood never lets happen, and swallows
+ENOBUFS. Both are cured where it asks for the next message: `_Budget.recv` stands between it and the socket.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Callable
+from typing import TypeAlias
+
+from netfilterqueue import NetfilterQueue, Packet
+
+from ..core.firewall import Verdict
+
+log = logging.getLogger(__name__)
+
+#: octets from the IP header on (cut at 4016 bytes), netfilter hook, indices of the interfaces in and out.
+Decide: TypeAlias = Callable[[bytes, int, int, int], Verdict]
+
+#: Room for a whole queue of packets on the netlink socket, in bytes; the kernel doubles it.
+_SOCKET_BYTES = 8 * 2**20
+
+
+class QueueError(Exception):
+    """The queue cannot be had; the message says what to do."""
+
+
+class _Budget:
+    """The queue's socket, which says "nothing more" once it handed out so many messages."""
+
+    def __init__(self, fd: int) -> None:
+        self._socket = socket.socket(fileno=os.dup(fd))
+        self.left = 0
+        self.overruns = 0
+
+    def recv(self, size: int) -> bytes:
+        if not self.left:
+            raise BlockingIOError(errno.EAGAIN, "budget used up")
+        self.left -= 1
+        try:
+            return self._socket.recv(size, socket.MSG_DONTWAIT)
+        except OSError as error:
+            if error.errno == errno.ENOBUFS:
+                self.overruns += 1
+            raise
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class PacketQueue:
+    """One NFQUEUE of this network namespace.
+
+    `decide` gives the verdict; should it raise, `decide_failed` does, so that no packet is left without one
+    (the kernel would keep it, and its place in the queue, for good).
+    """
+
+    def __init__(self, number: int, length: int, decide: Decide, decide_failed: Callable[[], Verdict]) -> None:
+        self.number = number
+        self._length = length
+        self._decide = decide
+        self._decide_failed = decide_failed
+        self._queue: NetfilterQueue | None = None
+        self._budget: _Budget | None = None
+
+    @property
+    def overruns(self) -> int:
+        """How often the socket's buffer was too small for what the kernel had to hand over."""
+        return self._budget.overruns if self._budget else 0
+
+    def open(self) -> int:
+        """Bind the queue; gives the file descriptor to wait on. Raises QueueError."""
+        try:
+            self._queue = NetfilterQueue()
+            with warnings.catch_warnings():  # a smaller buffer than asked for shows in the overruns
+                warnings.simplefilter("ignore", RuntimeWarning)
+                self._queue.bind(self.number, self._handle, max_len=self._length, sock_len=_SOCKET_BYTES)
+        except OSError as error:
+            self._queue = None
+            raise QueueError(
+                f"cannot bind NFQUEUE {self.number} ({error}): run as root or with CAP_NET_ADMIN, and see in"
+                " /proc/net/netfilter/nfnetlink_queue that no other program has this queue"
+                " ([dataplane] queue chooses another)"
+            ) from None
+        self._budget = _Budget(self._queue.get_fd())
+        return self._queue.get_fd()
+
+    def turn(self, budget: int) -> bool:
+        """Handle at most so many packets, without waiting; whether the budget was used up."""
+        if self._queue is None or self._budget is None:
+            return False
+        self._budget.left = budget
+        self._queue.run_socket(self._budget)  # type: ignore[arg-type]  # recv is all it asks of a socket
+        return self._budget.left == 0
+
+    def close(self) -> None:
+        """Give the queue back. The kernel drops what is still in it."""
+        if self._queue is not None and self._budget is not None:
+            self._queue.unbind()
+            self._budget.close()
+            self._queue = None
+
+    def _handle(self, packet: Packet) -> None:
+        try:
+            verdict = self._decide(packet.get_payload(), packet.hook, packet.indev, packet.outdev)
+        except Exception:
+            log.exception("a packet met a defect of fwd and was dropped")
+            verdict = self._decide_failed()
+        if verdict is Verdict.ACCEPT:
+            packet.accept()
+        else:
+            packet.drop()
