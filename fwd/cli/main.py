@@ -158,7 +158,7 @@ def show_tunnel(asked: _Asked) -> None:
 
     An SA is stale while strongSwan does not answer: it stays in use, but nobody vouches for it.
     """
-    width = max(80, shutil.get_terminal_size().columns)
+    width = max(80, shutil.get_terminal_size(fallback=(120, 25)).columns)
     asked.show(asked.client.call("tunnel.list"), lambda answer: render.tunnels(answer, width))
 
 

@@ -136,6 +136,7 @@ class SaDirectory:
     def __init__(self) -> None:
         self._known: dict[tuple[bytes, bytes, int, int], KnownSa] = {}
         self._by_spi: dict[SpiKey, ChildSa] = {}
+        self._predecessor: dict[tuple[bytes, bytes, int, int], tuple[bytes, bytes, int, int]] = {}
         #: Why the IKE daemon does not answer; empty while it does.
         self.lost_reason = "not asked yet"
         #: When it last said anything, in monotonic seconds; None if it never did.
@@ -163,8 +164,11 @@ class SaDirectory:
         if not isinstance(event, SaSourceLost):
             self.answered_at = now
         match event:
-            case SaEstablished(sa) | SaRekeyed(_, sa):  # the old SA carries packets until it is deleted
+            case SaEstablished(sa):
                 return self._assign(sa, now)
+            case SaRekeyed(old, new):  # the old SA carries packets until it is deleted
+                self._predecessor[new.key] = old.key
+                return self._assign(new, now)
             case SaDeleted(sa):
                 return self._remove(sa.key)
             case SaSnapshot(sas):
@@ -190,11 +194,13 @@ class SaDirectory:
         return changes
 
     def _remove(self, key: tuple[bytes, bytes, int, int]) -> list[SaChange]:
+        """Forget an SA, and the one that it replaced: charon does not tell when a rekeyed SA goes."""
+        predecessor = self._predecessor.pop(key, None)
         known = self._known.pop(key, None)
         if known is None:
             return []
         self._forget_spis(known.sa)
-        return [SaRemoved(known.sa)]
+        return [*(self._remove(predecessor) if predecessor else ()), SaRemoved(known.sa)]
 
     def _forget_spis(self, sa: ChildSa) -> None:
         for spi_key in (sa.key_in, sa.key_out):

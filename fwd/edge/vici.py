@@ -35,6 +35,8 @@ ANSWER_S = 5.0
 _POLL_S = 0.2
 _PROBE_S = 5.0
 _RECONCILE_S = 30.0
+#: All SAs are read so soon after a rekey: charon does not tell when the old SA goes.
+_AFTER_REKEY_S = 2.0
 #: Pauses between attempts to connect: doubled from the first to the last.
 _BACKOFF_S = (0.2, 2.0)
 
@@ -184,6 +186,12 @@ class _BoundedTransport(Transport):  # type: ignore[misc]  # vici has no types
             received += chunk
         return received
 
+    def session(self) -> Session:
+        """The package's session on this connection."""
+        session = Session(self.socket)
+        session.transport = self
+        return session
+
     def close(self) -> None:
         """Close, however often, whether or not the other side is still there."""
         self.socket.close()
@@ -237,7 +245,7 @@ class ViciListener:
         with contextlib.ExitStack() as stack:
             listening, asking = (stack.enter_context(contextlib.closing(self._connect())) for _ in range(2))
             try:
-                yield from self._listen(Session(listening), Session(asking))
+                yield from self._listen(listening.session(), asking.session())
             except Exception as error:
                 raise ConnectionError(listening.failure or asking.failure or error) from error
 
@@ -274,6 +282,8 @@ class ViciListener:
                     try:
                         for event in parse_event(name.decode(), message):
                             self._deliver(event)
+                            if isinstance(event, SaRekeyed):
+                                snapshot_at = min(snapshot_at, now + _AFTER_REKEY_S)
                     except ViciAnswerError as error:
                         log.warning("VICI event %s cannot be read (%s): reading all SAs instead", name.decode(), error)
                         snapshot_at = 0.0

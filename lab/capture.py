@@ -1,0 +1,91 @@
+"""tcpdump on a host's interface: the independent witness of what was on the wire."""
+
+from __future__ import annotations
+
+import signal
+import struct
+import subprocess
+from dataclasses import dataclass
+from ipaddress import ip_address
+from types import TracebackType
+
+from .sandbox import LabError, Process, enter, outside_path
+
+_PCAP_HEADER = struct.Struct("<IHHiIII")
+_RECORD = struct.Struct("<IIII")
+_ETHERNET = 14
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """One packet: when (Unix seconds), from where to where (text), its length by the IP header, its bytes."""
+
+    at: float
+    source: str
+    destination: str
+    length: int
+    octets: bytes
+
+
+class Capture:
+    """A running tcpdump. As a context manager it stops at the end; then `packets` has them all."""
+
+    def __init__(self, first_pid: int, host: str, interface: str, expression: str) -> None:
+        self._path = outside_path(first_pid, f"/run/hosts/{host}/{interface}.pcap")
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.unlink(missing_ok=True)
+        command = ["tcpdump", "-i", interface, "-U", "--immediate-mode", "-Z", "root", "-s", "0", "-B", "16384", "-w"]
+        self._process = Process(
+            [*enter(first_pid, host), *command, f"/run/hosts/{host}/{interface}.pcap", expression],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        assert self._process.popen.stderr is not None
+        for line in self._process.popen.stderr:
+            if "listening on" in line:
+                break
+        else:
+            self._process.end()
+            raise LabError(f"tcpdump on {host}:{interface} did not start: is it installed?")
+        self.summary = ""
+        self.packets: list[Captured] = []
+
+    def __enter__(self) -> Capture:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop and read what was captured."""
+        if not self._process.is_running():
+            return
+        self._process.send(signal.SIGINT)
+        _, self.summary = self._process.popen.communicate(timeout=10)
+        self.packets = read_pcap(self._path.read_bytes())
+
+    def total(self, source: str, destination: str) -> tuple[int, int]:
+        """Packets and bytes (by the IP header) from one address to another."""
+        lengths = [packet.length for packet in self.packets if (packet.source, packet.destination) == (source, destination)]
+        return len(lengths), sum(lengths)
+
+
+def read_pcap(octets: bytes) -> list[Captured]:
+    """The IP packets of a pcap file of an Ethernet interface (pcap-savefile(5))."""
+    _PCAP_HEADER.unpack_from(octets)
+    packets, offset = [], _PCAP_HEADER.size
+    while offset + _RECORD.size <= len(octets):
+        second, micro, captured, _ = _RECORD.unpack_from(octets, offset)
+        frame = octets[offset + _RECORD.size :][:captured]
+        offset += _RECORD.size + captured
+        octets_of_ip = frame[_ETHERNET:]
+        if octets_of_ip[0] >> 4 == 4:
+            (length,) = struct.unpack_from("!H", octets_of_ip, 2)
+            ends = octets_of_ip[12:16], octets_of_ip[16:20]
+        else:
+            (payload,) = struct.unpack_from("!H", octets_of_ip, 4)
+            length = 40 + payload
+            ends = octets_of_ip[8:24], octets_of_ip[24:40]
+        source, destination = (str(ip_address(end)) for end in ends)
+        packets.append(Captured(second + micro / 1e6, source, destination, length, octets_of_ip[:length]))
+    return packets
