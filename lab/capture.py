@@ -53,7 +53,9 @@ class Capture:
     def __enter__(self) -> Capture:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
     def stop(self) -> None:
@@ -66,7 +68,9 @@ class Capture:
 
     def total(self, source: str, destination: str) -> tuple[int, int]:
         """Packets and bytes (by the IP header) from one address to another."""
-        lengths = [packet.length for packet in self.packets if (packet.source, packet.destination) == (source, destination)]
+        lengths = [
+            packet.length for packet in self.packets if (packet.source, packet.destination) == (source, destination)
+        ]
         return len(lengths), sum(lengths)
 
 

@@ -107,7 +107,9 @@ class Fwd:
     def sessions(self, **words: str) -> list[dict[str, Any]]:
         """`show session all` with filter words, whose underscores stand for dashes (from_ for from)."""
         chosen = [word for key, value in words.items() for word in (key.rstrip("_").replace("_", "-"), value)]
-        found: list[dict[str, Any]] = self.json("show", "session", "all", *(["filter", *chosen] if chosen else []))["sessions"]
+        found: list[dict[str, Any]] = self.json("show", "session", "all", *(["filter", *chosen] if chosen else []))[
+            "sessions"
+        ]
         return found
 
     def counters(self) -> dict[str, int]:
@@ -137,7 +139,9 @@ class Lab:
     charon runs where the topology says, with its tunnels loaded; `initiate` sets them up.
     """
 
-    def __init__(self, topology: str, *, is_detached: bool = False, say: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self, topology: str, *, is_detached: bool = False, say: Callable[[str], None] = lambda _: None
+    ) -> None:
         self.topology: Topology = load(topology)
         root = root_folder(say) if any(host.charon for host in self.topology.hosts) else Path()
         self.sandbox = Sandbox(is_detached=is_detached)
@@ -151,7 +155,9 @@ class Lab:
     def __enter__(self) -> Lab:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -201,7 +207,21 @@ class Lab:
 
     def _ping(self, tunnel: Tunnel, count: int, interval_s: float, size: int) -> list[str]:
         source, destination = tunnel.inner
-        return ["ping", "-n", "-I", source, "-c", f"{count}", "-i", f"{interval_s}", "-s", f"{size}", "-W", "2", destination]
+        return [
+            "ping",
+            "-n",
+            "-I",
+            source,
+            "-c",
+            f"{count}",
+            "-i",
+            f"{interval_s}",
+            "-s",
+            f"{size}",
+            "-W",
+            "2",
+            destination,
+        ]
 
     def _build(self, root: Path) -> None:
         first_pid = self.sandbox.first_pid

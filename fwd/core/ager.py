@@ -14,6 +14,9 @@ from .constants import AGER_WORK_PER_TURN
 from .session import Session
 from .table import SessionTable
 
+#: Deadlines so close are the same one: the way to real time and back costs a rounding error.
+_TICK_S = 1e-6
+
 
 class Ager:
     """Deadlines of the sessions of one table. Times named `now` are monotonic seconds."""
@@ -48,7 +51,7 @@ class Ager:
 
     def due(self, now: float) -> Iterator[Session]:
         """The sessions whose time is up; those left over by the bound on work come with the next turn."""
-        age = self.age(now)
+        age = self.age(now) + _TICK_S  # a turn at `next_deadline` finds what it was meant for
         for _ in range(AGER_WORK_PER_TURN):
             if not self._heap or self._heap[0][0] > age:
                 return

@@ -1,0 +1,165 @@
+"""Packets, SAs and firewalls for the tests, made by hand: no code of fwd's decoder is used to build them."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import replace
+from ipaddress import ip_address
+from typing import Any
+
+from fwd.core.firewall import Firewall, Hook
+from fwd.core.interfaces import AddressPresent, InterfaceSnapshot, LinkPresent
+from fwd.core.policy import Action, Policy, Rule, Zones
+from fwd.core.sa import ChildSa
+from fwd.core.session import Session
+from fwd.core.settings import Settings
+
+#: The hosts of the tests: fwd's own address, its peer, and two sites on both sides of it.
+HERE, PEER, LEFT, RIGHT = "192.0.2.1", "192.0.2.2", "198.51.100.2", "203.0.113.2"
+HERE6, PEER6 = "2001:db8:c::1", "2001:db8:c::2"
+WAN, TO_LEFT, TO_RIGHT = 2, 3, 4
+
+ALLOW_ALL = Rule("any-any", Action.ALLOW)
+DENY_ALL = Rule("nothing", Action.DENY)
+
+
+def packed(address: str) -> bytes:
+    return ip_address(address).packed
+
+
+def ipv4(src: str, dst: str, protocol: int, payload: bytes, *, fragment: int = 0, options: bytes = b"") -> bytes:
+    header = 20 + len(options)
+    return (
+        struct.pack(
+            "!BBHHHBBH4s4s",
+            0x40 | header // 4,
+            0,
+            header + len(payload),
+            7,
+            fragment,
+            64,
+            protocol,
+            0,
+            packed(src),
+            packed(dst),
+        )
+        + options
+        + payload
+    )
+
+
+def ipv6(src: str, dst: str, next_header: int, payload: bytes) -> bytes:
+    return struct.pack("!IHBB16s16s", 6 << 28, len(payload), next_header, 64, packed(src), packed(dst)) + payload
+
+
+def ip(src: str, dst: str, protocol: int, payload: bytes) -> bytes:
+    return (ipv6 if ":" in src else ipv4)(src, dst, protocol, payload)
+
+
+def esp(src: str, dst: str, spi: int, seq: int = 1, size: int = 40) -> bytes:
+    return ip(src, dst, 50, struct.pack("!II", spi, seq) + bytes(size))
+
+
+def udp(src: str, dst: str, sport: int, dport: int, payload: bytes) -> bytes:
+    return ip(src, dst, 17, struct.pack("!HHHH", sport, dport, 8 + len(payload), 0) + payload)
+
+
+def ike(src: str, dst: str, port: int = 500) -> bytes:
+    header = bytes(range(1, 17)) + bytes([33, 0x20, 34, 8]) + bytes(4) + struct.pack("!I", 28)
+    return udp(src, dst, port, port, (bytes(4) if port == 4500 else b"") + header)
+
+
+def esp_in_udp(src: str, dst: str, spi: int, sport: int = 4500, dport: int = 4500) -> bytes:
+    return udp(src, dst, sport, dport, struct.pack("!II", spi, 1) + bytes(40))
+
+
+def child_sa(spi_in: int = 0x1001, spi_out: int = 0x2001, **changes: Any) -> ChildSa:
+    sa = ChildSa(
+        ike_name="gw",
+        child_name="net",
+        uniqueid=1,
+        reqid=1,
+        local=packed(HERE),
+        remote=packed(PEER),
+        local_port=500,
+        remote_port=500,
+        spi_in=spi_in,
+        spi_out=spi_out,
+        encap=False,
+        is_initiator=False,
+        local_id="here",
+        remote_id="there",
+    )
+    return replace(sa, **changes)
+
+
+def settings(*rules: Rule, **changes: Any) -> Settings:
+    zones = Zones([("wan", "untrust"), ("left", "trust"), ("right", "untrust")], "any")
+    return replace(Settings(Policy(rules or (ALLOW_ALL,), Rule("default", Action.DENY)), zones), **changes)
+
+
+class Bench:
+    """A firewall on a host with three interfaces, a clock that tests move, and short words for packets."""
+
+    def __init__(self, *rules: Rule, **changes: Any) -> None:
+        self.now = 1000.0
+        self.firewall = Firewall(settings(*rules, **changes), self.now)
+        self.firewall.apply_interface(
+            InterfaceSnapshot(
+                (LinkPresent(WAN, "wan"), LinkPresent(TO_LEFT, "left"), LinkPresent(TO_RIGHT, "right")),
+                (AddressPresent(WAN, packed(HERE)), AddressPresent(WAN, packed(HERE6))),
+            )
+        )
+
+    def receive(self, octets: bytes) -> bool:
+        return self._packet(octets, Hook.INPUT, WAN, 0)
+
+    def send(self, octets: bytes) -> bool:
+        return self._packet(octets, Hook.OUTPUT, 0, WAN)
+
+    def forward(self, octets: bytes, *, to_left: bool = False) -> bool:
+        indev, outdev = (TO_RIGHT, TO_LEFT) if to_left else (TO_LEFT, TO_RIGHT)
+        return self._packet(octets, Hook.FORWARD, indev, outdev)
+
+    def sas(self, event: Any) -> None:
+        self.firewall.apply_sa(event, self.now)
+        self.check()
+
+    def wait(self, seconds: float) -> None:
+        """Let time pass as the daemon does: from deadline to deadline."""
+        end = self.now + seconds
+        while self.firewall.next_deadline() <= end:
+            self.now = max(self.now, self.firewall.next_deadline())
+            self.firewall.handle_timer(self.now)
+        self.now = end
+        self.check()
+
+    @property
+    def sessions(self) -> list[Session]:
+        return sorted(self.firewall.table, key=lambda session: session.id)
+
+    @property
+    def session(self) -> Session:
+        (session,) = self.sessions
+        return session
+
+    def count(self, name: str) -> int:
+        return self.firewall.counters.values[name]
+
+    def _packet(self, octets: bytes, hook: Hook, indev: int, outdev: int) -> bool:
+        verdict = self.firewall.receive_packet(octets, hook, indev, outdev, self.now)
+        self.check()
+        return verdict.value == "accept"
+
+    def check(self) -> None:
+        """What must hold at every instant."""
+        values = self.firewall.counters.values
+        drops = sum(value for name, value in values.items() if name.startswith("flow_parse_"))
+        drops += values["flow_table_full"] + values["flow_internal_error"]
+        assert values["pkt_recv"] == values["pkt_session"] + drops
+        allocated = values["session_allocated"]
+        assert allocated == len(self.firewall.table) + values["session_ended"] + values["session_absorbed"]
+        if values["session_ended"] <= self.firewall.settings.keep_ended and self.now < 1000 + 300:
+            everything = [*self.firewall.table, *self.firewall.table.ended]
+            assert values["pkt_session"] == sum(session.packet_count for session in everything)
+            assert values["byte_session"] == sum(session.byte_count for session in everything)

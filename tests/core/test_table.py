@@ -1,0 +1,123 @@
+import pytest
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from fwd.core.session import Application, Endpoint, Session
+from fwd.core.state import State, Trigger
+from fwd.core.table import KeyInUse, SessionTable, TableFull
+from tests.builders import ALLOW_ALL
+
+KEYS = st.lists(st.tuples(st.just(b"addr"), st.booleans(), st.integers(1, 12)), min_size=1, max_size=3, unique=True)
+
+
+def new_session(session_id):
+    ends = Endpoint(b"\1" * 4, "any", 1), Endpoint(b"\2" * 4, "any", 2)
+    return Session(session_id, Application.IPSEC_ESP, *ends, ALLOW_ALL, False, "a", "b", 3600, 0.0)
+
+
+class TableMachine(RuleBasedStateMachine):
+    """The table against plain dictionaries."""
+
+    @initialize(capacity=st.integers(1, 6), keep=st.integers(0, 4))
+    def begin(self, capacity, keep):
+        self.table = SessionTable(capacity, keep)
+        self.capacity, self.keep = capacity, keep
+        self.live = {}
+        self.keys = {}
+        self.ended = {}
+        self.now = 0.0
+
+    @rule(keys=KEYS)
+    def add(self, keys):
+        session_id = self.table.allocate_id()
+        assert session_id not in self.live and session_id not in self.ended and session_id > 0
+        session = new_session(session_id)
+        entries = [(key, session.c2s if index % 2 == 0 else session.s2c) for index, key in enumerate(keys)]
+        if len(self.live) >= self.capacity:
+            with pytest.raises(TableFull):
+                self.table.add(session, entries)
+            assert session.state is State.INIT
+        elif any(key in self.keys for key in keys):
+            with pytest.raises(KeyInUse):
+                self.table.add(session, entries)
+            assert session.state is State.INIT and not session.keys
+        else:
+            self.table.add(session, entries)
+            self.live[session_id] = session
+            self.keys.update({key: (session, flow) for key, flow in entries})
+
+    @precondition(lambda self: self.live)
+    @rule(which=st.integers(0, 100), keys=KEYS)
+    def index_more(self, which, keys):
+        session = list(self.live.values())[which % len(self.live)]
+        entries = [(key, session.s2c) for key in keys]
+        if any(key in self.keys and self.keys[key][0] is not session for key in keys):
+            with pytest.raises(KeyInUse):
+                self.table.index(session, entries)
+        else:
+            self.table.index(session, entries)
+            self.keys.update(dict.fromkeys(keys, (session, session.s2c)))
+
+    @precondition(lambda self: self.live)
+    @rule(which=st.integers(0, 100), keys=KEYS)
+    def unindex(self, which, keys):
+        session = list(self.live.values())[which % len(self.live)]
+        self.table.unindex(session, keys)
+        for key in keys:
+            if key in self.keys and self.keys[key][0] is session:
+                del self.keys[key]
+
+    @precondition(lambda self: self.live)
+    @rule(which=st.integers(0, 100), leaves_trace=st.booleans())
+    def end(self, which, leaves_trace):
+        session = list(self.live.values())[which % len(self.live)]
+        self.now += 1
+        if leaves_trace:
+            session.move(Trigger.PERMIT)
+            self.table.end(session, self.now)
+            assert session.state is State.INIT
+            self.ended[session.id] = (self.now, session)
+            while len(self.ended) > self.keep:
+                del self.ended[next(iter(self.ended))]
+        else:
+            self.table.remove(session)
+        del self.live[session.id]
+        self.keys = {key: entry for key, entry in self.keys.items() if entry[0] is not session}
+
+    @rule(age=st.integers(0, 5))
+    def forget(self, age):
+        self.table.forget_ended(self.now - age)
+        self.ended = {key: entry for key, entry in self.ended.items() if entry[0] >= self.now - age}
+
+    @invariant()
+    def agrees_with_the_model(self):
+        if not hasattr(self, "table"):
+            return
+        assert list(self.table) == list(self.live.values())
+        assert len(self.table) == len(self.live)
+        assert self.table.utilisation == len(self.live) / self.capacity
+        assert list(self.table.ended) == [session for _, session in self.ended.values()]
+        for number in range(1, 13):
+            for flag in (True, False):
+                assert self.table.lookup((b"addr", flag, number)) == self.keys.get((b"addr", flag, number))
+        for session in self.live.values():
+            assert self.table.find(session.id) is session is self.table.live(session.id)
+            assert set(session.keys) == {key for key, entry in self.keys.items() if entry[0] is session}
+            assert len(session.keys) == len(set(session.keys))
+        for session_id, (_, session) in self.ended.items():
+            assert self.table.find(session_id) is session
+            assert self.table.live(session_id) is None
+
+
+TestTable = TableMachine.TestCase
+TestTable.settings = hypothesis_settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_ids_begin_at_one_and_wrap_without_meeting_a_readable_one():
+    table = SessionTable(10, 10)
+    first = new_session(table.allocate_id())
+    table.add(first, [])
+    assert first.id == 1
+    table._last_id = 2**31 - 1
+    assert table.allocate_id() == 2
