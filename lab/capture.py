@@ -66,6 +66,11 @@ class Capture:
         _, self.summary = self._process.popen.communicate(timeout=10)
         self.packets = read_pcap(self._path.read_bytes())
 
+    def printed(self) -> list[str]:
+        """The packets as tcpdump prints them, a line each."""
+        command = ["tcpdump", "-nn", "-r", str(self._path)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
+
     def total(self, source: str, destination: str) -> tuple[int, int]:
         """Packets and bytes (by the IP header) from one address to another."""
         lengths = [

@@ -63,6 +63,8 @@ class Host:
 
     def close(self) -> None:
         """End what was started here."""
+        if self.charon is not None:
+            self.charon.close()
         for process in self._processes:
             process.end()
 
@@ -255,8 +257,8 @@ class Lab:
             if plan.charon:
                 tunnels = tuple(tunnel for tunnel in self.topology.tunnels if plan.name in tunnel.ends)
                 charon = Charon(first_pid, plan.name, tunnels, root)
-                charon.start()
                 self.hosts[plan.name].charon = charon
+                charon.start()
 
 
 def default_config() -> str:

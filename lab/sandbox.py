@@ -15,11 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# A shell, because the first process of a pid namespace has to reap what others leave.
+# A shell, because the first process of a pid namespace has to reap what others leave. If nobody reads its `ready`
+# any more it leaves. A detached one (it is told `wait`) leaves too if its caller goes before `release` was called.
 _FIRST_PROCESS = """
-mount -t tmpfs -o mode=755 tmpfs /run && mkdir /run/netns /run/hosts /run/lock && ip link set lo up && echo ready
-exec 1>&- ; while : ; do sleep 3600 & wait $! ; done
+mount -t tmpfs -o mode=755 tmpfs /run && mkdir /run/netns /run/hosts /run/lock && ip link set lo up || exit
+echo ready || exit
+exec 1>&- ; [ -z "$1" ] || read -r || exit
+while : ; do sleep 3600 & wait $! ; done
 """
+_UNSHARE = ("unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "--mount", "--net", "--uts")
 
 
 class LabError(Exception):
@@ -27,40 +31,37 @@ class LabError(Exception):
 
 
 class Sandbox:
-    """One tree of namespaces. Started with `is_detached` it outlives the process that started it."""
+    """One tree of namespaces; it ends with the process that made it. A detached one does until it is released."""
 
     def __init__(self, *, is_detached: bool = False) -> None:
-        # --kill-child ends the first process with unshare, and setpriv ends unshare with the one who called it.
-        leash = [] if is_detached else ["setpriv", "--pdeathsig", "KILL"]
-        self._unshare = subprocess.Popen(
-            [*leash, "unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "--mount", "--net", "--uts"]
-            + ["bash", "-c", _FIRST_PROCESS],
-            stdin=subprocess.DEVNULL,
+        # --kill-child ends the first process with unshare, and the leash ends unshare with the one who called it.
+        self._process = Process(
+            [*_UNSHARE, "bash", "-c", _FIRST_PROCESS, "lab", *(["wait"] if is_detached else [])],
+            is_leashed=not is_detached,
+            stdin=subprocess.PIPE if is_detached else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE if not is_detached else subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the one who called: he ends us in order
-            text=True,
         )
-        assert self._unshare.stdout is not None
-        if self._unshare.stdout.readline() != "ready\n":
-            reason = self._unshare.stderr.read() if self._unshare.stderr else ""
+        stdout, stderr = self._process.popen.stdout, self._process.popen.stderr
+        assert stdout is not None
+        if stdout.readline() != "ready\n":
+            reason = stderr.read() if stderr else ""
             self.close()
             raise LabError(f"cannot make namespaces: run as root ({reason.strip()})")
-        self._unshare.stdout.close()
-        (self.first_pid,) = children(self._unshare.pid)
+        stdout.close()
+        self.first_pid = self._process.pid
 
-    @property
-    def unshare_pid(self) -> int:
-        """The process to end from outside."""
-        return self._unshare.pid
+    def release(self) -> None:
+        """Let a detached sandbox outlive this process."""
+        stdin = self._process.popen.stdin
+        assert stdin is not None
+        stdin.write("stay\n")
+        stdin.close()
 
     def close(self) -> None:
-        """End everything in the sandbox."""
-        self._unshare.kill()
-        self._unshare.wait()
-        for pipe in (self._unshare.stdout, self._unshare.stderr):
-            if pipe is not None:
-                pipe.close()
+        """End everything in the sandbox and wait until the last process is gone."""
+        # unshare stays until its child is gone, and the kernel lets a first process go last.
+        self._process.end()
 
 
 def enter(first_pid: int, host: str | None = None) -> list[str]:
@@ -80,10 +81,18 @@ def children(pid: int) -> list[int]:
 
 
 class Process:
-    """A program in the sandbox. `pid` is its own, as seen from here, not that of the `nsenter` around it."""
+    """A program in the sandbox. `pid` is its own, as seen from here, not that of the `nsenter` around it.
 
-    def __init__(self, command: Sequence[str], **options: Any) -> None:
-        self.popen: subprocess.Popen[str] = subprocess.Popen(command, text=True, start_new_session=True, **options)
+    On its leash the process around it ends with the thread that started it. `nsenter` needs that too: it is outside
+    the pid namespace, and one that has stopped with its child would stay for ever when the sandbox goes.
+    """
+
+    def __init__(self, command: Sequence[str], *, is_leashed: bool = True, **options: Any) -> None:
+        leash = ["setpriv", "--pdeathsig", "KILL"] if is_leashed else []
+        # A session of its own: Ctrl-C is for the one who called, who ends it in order.
+        self.popen: subprocess.Popen[str] = subprocess.Popen(
+            [*leash, *command], text=True, start_new_session=True, **options
+        )
 
     @property
     def pid(self) -> int:
@@ -96,6 +105,8 @@ class Process:
     def send(self, number: signal.Signals) -> None:
         """Send it a signal. Raises LabError if it has ended."""
         os.kill(self.pid, number)
+        if number == signal.SIGCONT:
+            self.popen.send_signal(number)  # nsenter stops itself with its child, but does not go on with it
 
     def wait(self, timeout_s: float) -> int:
         """Its exit status, when it has ended by then. Raises subprocess.TimeoutExpired."""
@@ -110,6 +121,7 @@ class Process:
         if self.is_running():
             try:
                 self.send(signal.SIGKILL)
+                self.popen.send_signal(signal.SIGCONT)
             except (LabError, ProcessLookupError):
                 self.popen.kill()
         self.popen.wait(10)

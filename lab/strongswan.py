@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from ipaddress import ip_network
@@ -152,7 +153,8 @@ class Charon:
         deadline = time.monotonic() + _START_S
         while True:
             try:
-                self.session().version()
+                with self.session() as vici:
+                    vici.version()
                 break
             except OSError:
                 if not self._process.is_running() or time.monotonic() > deadline:
@@ -160,6 +162,12 @@ class Charon:
                 time.sleep(0.05)
         for tunnel in self._tunnels:
             self._load(tunnel)
+
+    def close(self) -> None:
+        """End it however it is, if it runs at all."""
+        if self._process is not None:
+            self._process.end()
+            self._process = None
 
     def stop(self) -> None:
         """Stop it in order: it tells its peers."""
@@ -182,16 +190,13 @@ class Charon:
         """Let it go on."""
         self._running().send(signal.SIGCONT)
 
-    def session(self) -> Session:
-        """A new VICI session, with a timeout of 10 s. Raises OSError while charon is not there."""
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """A VICI session, with a timeout of 10 s. Raises OSError while charon is not there."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(10)
             connection.connect(str(outside_path(self._first_pid, self.vici_path)))
-        except BaseException:
-            connection.close()
-            raise
-        return Session(connection)
+            yield Session(connection)
 
     def list_sas(self) -> list[ChildSa]:
         """All CHILD_SAs, in charon's order."""
@@ -206,18 +211,21 @@ class Charon:
 
     def initiate(self, tunnel: str) -> None:
         """Set a tunnel up and wait for it. Raises vici's CommandException with charon's reason."""
-        for _ in self.session().initiate({"child": tunnel, "ike": tunnel, "timeout": "9000"}):
-            pass
+        with self.session() as vici:
+            for _ in vici.initiate({"child": tunnel, "ike": tunnel, "timeout": "9000"}):
+                pass
 
     def terminate(self, tunnel: str) -> None:
         """Take a tunnel down, with its IKE_SA."""
-        for _ in self.session().terminate({"ike": tunnel, "timeout": "9000"}):
-            pass
+        with self.session() as vici:
+            for _ in vici.terminate({"ike": tunnel, "timeout": "9000"}):
+                pass
 
     def rekey(self, tunnel: str) -> ChildSa:
         """Rekey a CHILD_SA; gives the new one once it is there. Raises LabError if none comes."""
         before = self.installed(tunnel)
-        self.session().rekey({"child": tunnel})
+        with self.session() as vici:
+            vici.rekey({"child": tunnel})
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             for sa in self._sas():
@@ -227,7 +235,9 @@ class Charon:
         raise LabError(f"{self._host} did not rekey {tunnel}:\n{self.log[-2000:]}")
 
     def _sas(self) -> Iterator[ChildSa]:
-        for answer in self.session().list_sas():
+        with self.session() as vici:
+            answers = list(vici.list_sas())
+        for answer in answers:
             for ike in answer.values():
                 for child in ike["child-sas"].values():
                     if "spi-out" in child:
@@ -264,18 +274,16 @@ class Charon:
                 }
             },
         }
-        session = self.session()
-        session.load_shared({"id": tunnel.name, "type": "IKE", "data": _SECRET, "owners": ids})
-        session.load_conn({tunnel.name: connection})
+        with self.session() as vici:
+            vici.load_shared({"id": tunnel.name, "type": "IKE", "data": _SECRET, "owners": ids})
+            vici.load_conn({tunnel.name: connection})
 
     def _end(self, number: signal.Signals) -> None:
         process = self._running()
         process.send(number)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(15)
-        except subprocess.TimeoutExpired:
-            process.end()
-        self._process = None
+        self.close()
 
     def _running(self) -> Process:
         if self._process is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "topologies"
@@ -63,6 +64,17 @@ class Topology:
 def names() -> list[str]:
     """The topologies that come with the lab."""
     return sorted(path.stem for path in FOLDER.glob("*.toml") if path.stem != "fwd")
+
+
+def drawing(name: str) -> str:
+    """The picture at the top of a topology's file."""
+    lines = (FOLDER / f"{name}.toml").read_text().splitlines()
+    return "\n".join(line[2:] for line in takewhile(lambda line: line.startswith("#"), lines))
+
+
+def summary(name: str) -> str:
+    """What a topology is for, in one line."""
+    return drawing(name).partition("\n")[0]
 
 
 def load(name: str) -> Topology:

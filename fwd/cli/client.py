@@ -60,6 +60,12 @@ class Client:
             yield from page["sessions"]
             after = page["next"]
 
+    def close(self) -> None:
+        """Hang up."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
     def _line(self) -> bytes:
         assert self._connection is not None
         while b"\n" not in self._buffer:

@@ -131,6 +131,7 @@ class Firewall:
             self._predict_missing(now)
         elif isinstance(event, SaRekeyed) and (session := self._tunnels.get(event.new.tunnel)):
             session.rekeys += 1
+            self._events.append(SessionRekeyed(session, event.new))
 
     def apply_interface(self, event: InterfaceEvent) -> None:
         """Learn of interfaces and addresses of this host."""
@@ -347,7 +348,6 @@ class Firewall:
             self.ager.arm(session, session.timeout_s, now)
         else:
             self.table.index(session, flows.items())
-            self._events.append(SessionRekeyed(session, sa))
         if provisional and session.state is State.OPENING:
             session.last_seen_at = max(other.last_seen_at for other in provisional)
             self._promote(session, provisional[0].ingress, provisional[0].client.zone, now)

@@ -1,0 +1,150 @@
+"""`python -m lab`: testbeds to watch fwd in, from the command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import ParamSpec
+
+import click
+from vici.exception import CommandException
+
+from .demo import demonstrate
+from .lab import PROGRAMS, Lab
+from .running import Running, find, running
+from .sandbox import LabError, enter
+from .topology import drawing, load, names, summary
+
+_Given = ParamSpec("_Given")
+
+
+def _plainly(command: Callable[_Given, None]) -> Callable[_Given, None]:
+    """Give what goes wrong as one message and exit status 1."""
+
+    @wraps(command)
+    def run(*args: _Given.args, **options: _Given.kwargs) -> None:
+        try:
+            if os.geteuid() != 0:
+                raise LabError("a lab is made of namespaces: run this as root")
+            command(*args, **options)
+        except (LabError, CommandException, OSError, subprocess.SubprocessError) as error:
+            raise click.ClickException(str(error)) from None
+
+    return run
+
+
+def _name(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not value.replace("-", "").isalnum():
+        raise click.BadParameter("want letters, digits and dashes")
+    return value
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def lab() -> None:
+    """Testbeds for fwd: hosts that are network namespaces, with real strongSwan, IKEv2 and ESP between them.
+
+    \b
+      python -m lab demo               see it work, from nothing to nothing, in half a minute
+      python -m lab up demo            start a lab that stays, with fwd running and its tunnels up
+      python -m lab shell demo fwd     a shell on one of its hosts; try: fwctl show session all
+      python -m lab list               which labs run, which topologies there are
+      python -m lab down demo          end a lab
+
+    The first lab makes a root folder with Debian's strongSwan in ~/.cache/fwd-lab, once. Labs run side by side. Nothing
+    of a lab is visible outside of it, and nothing of it is left when it ends, whatever ends it.
+    """
+
+
+@lab.command()
+@_plainly
+def demo() -> None:
+    """Show what fwd shows, beside what tcpdump saw and what strongSwan says.
+
+    Builds the topology `demo`, brings its four tunnels up, pings through them and goes through fwd's sessions. If the
+    three do not agree it says in what, with exit status 1.
+    """
+    demonstrate()
+
+
+@lab.command()
+@click.argument("topology", type=click.Choice(names()))
+@click.option("--name", callback=_name, help="Name of the lab; default: that of its topology.")
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="What fwd runs with; default: lab/topologies/fwd.toml.",
+)
+@_plainly
+def up(topology: str, name: str | None, config: Path | None) -> None:
+    """Start a lab that stays until `down`: fwd runs, all tunnels are up."""
+    name = name or topology
+    testbed = Lab(topology, is_detached=True, say=click.echo)
+    try:
+        entry = Running.of(name, topology, testbed.sandbox.first_pid)
+        entry.save()
+        testbed.start_fwd(config.read_text() if config else None)
+        testbed.initiate()
+        testbed.sandbox.release()
+    except BaseException:
+        testbed.close()
+        list(running())  # forgets the one that has just ended
+        raise
+    click.echo(drawing(topology))
+    click.echo(f"lab {name} runs, its tunnels are up. Go on with:")
+    click.echo(f"  python -m lab shell {name} fwd                          and there: fwctl show session all")
+    for tunnel in testbed.topology.tunnels:
+        source, destination = tunnel.inner
+        ping = f"ping -c 3 -I {source} {destination}"
+        click.echo(f"  python -m lab shell {name} {tunnel.initiator} {ping}   # tunnel {tunnel.name}")
+    click.echo(f"  python -m lab down {name}")
+
+
+@lab.command()
+@click.argument("name", callback=_name)
+@_plainly
+def down(name: str) -> None:
+    """End the lab NAME."""
+    find(name).end()
+    click.echo(f"lab {name} is gone")
+
+
+@lab.command(context_settings={"ignore_unknown_options": True})
+@click.argument("name", callback=_name)
+@click.argument("host")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@_plainly
+def shell(name: str, host: str, command: tuple[str, ...]) -> None:
+    """Open a shell on HOST of the lab NAME, or run COMMAND there.
+
+    \b
+      python -m lab shell demo fwd                           then: fwctl show session all
+      python -m lab shell demo fwd fwctl show tunnel
+      python -m lab shell demo fwd tcpdump -ni to-peer esp
+    """
+    entry = find(name)
+    hosts = [plan.name for plan in load(entry.topology).hosts]
+    if host not in hosts:
+        raise LabError(f"lab {name} has no host {host}; there are: {', '.join(hosts)}")
+    words = [*enter(entry.first_pid, host), *(command or ("bash", "--noprofile", "--norc", "-i"))]
+    environment = {**os.environ, "PATH": f"{PROGRAMS}:{os.environ['PATH']}", "PS1": rf"[lab {name}: {host}] \w \$ "}
+    sys.stdout.flush()
+    os.execvpe(words[0], words, environment)
+
+
+@lab.command("list")
+@_plainly
+def list_() -> None:
+    """Show which labs run and which topologies there are."""
+    for entry in running():
+        hosts = ", ".join(plan.name for plan in load(entry.topology).hosts)
+        click.echo(f"runs: {entry.name} (topology {entry.topology}; hosts {hosts}; first process {entry.first_pid})")
+    for topology in names():
+        click.echo(f"topology: {topology:<11} {summary(topology)}")
+
+
+if __name__ == "__main__":
+    lab(prog_name="python -m lab")

@@ -1,0 +1,380 @@
+"""The lab itself: it leaves nothing behind whatever ends it, labs do not meet, and its command line works."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lab import Lab, strongswan
+from lab.lab import default_config, wait_for
+from lab.running import FOLDER, Running, find, running
+from lab.sandbox import LabError
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: namespaces and strongSwan")
+
+REPOSITORY = Path(__file__).parents[2]
+
+BUILD = """
+import sys, time
+from lab import Lab
+with Lab("terminated") as lab:
+    lab.initiate("peer-v4")
+    capture = lab.hosts["fwd"].capture("to-peer")
+    if sys.argv[1:] == ["freeze"]:
+        lab.charon("fwd").freeze()
+    print(lab.sandbox.first_pid, flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture(scope="module", params=["transit", "terminated"])
+def testbed(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    with Lab(request.param) as lab:
+        lab.initiate()
+        yield lab
+
+
+def python(*words: str, **options) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *words],
+        cwd=REPOSITORY,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+def lab_command(*words: str, status: int = 0, **options) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "lab", *words],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        **options,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def typed(*words: str, prompt: str, line: str) -> str:
+    """Wait for the prompt on a terminal, type a line and leave; gives all that the terminal showed."""
+    ours, its = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "lab", *words], cwd=REPOSITORY, stdin=its, stdout=its, stderr=its, start_new_session=True
+    )
+    os.close(its)
+    shown = ""
+
+    def read() -> str:
+        nonlocal shown
+        if select.select([ours], [], [], 0)[0]:
+            shown += os.read(ours, 4096).decode()
+        return shown
+
+    try:
+        wait_for(lambda: prompt in read(), "the prompt is there")
+        os.write(ours, f"{line}; exit\n".encode())
+        wait_for(lambda: (read(), child.poll())[1] is not None, "the shell has ended")
+    finally:
+        child.kill()
+        child.wait(10)
+        os.close(ours)
+    return shown
+
+
+# --- what a lab is made of, and whether it is gone ----------------------------------------------------------
+
+
+def processes() -> Iterator[Path]:
+    return (path for path in Path("/proc").iterdir() if path.name.isdigit())
+
+
+def namespaces_of(process: Path) -> set[str]:
+    try:
+        return {os.readlink(process / "ns" / kind) for kind in ("pid", "mnt", "net", "uts")}
+    except OSError:  # it has ended
+        return set()
+
+
+def mounts_of(process: Path) -> str:
+    try:
+        return (process / "mountinfo").read_text()
+    except OSError:
+        return ""
+
+
+def runs(process: Path) -> bool:
+    """Whether it is there and not just waiting for its parent to ask for its exit status."""
+    try:
+        return bool((process / "cmdline").read_bytes())
+    except OSError:
+        return False
+
+
+def made_of(first_pid: int) -> set[str]:
+    """The namespaces of a lab: those its processes are in and the network namespaces its hosts' files hold."""
+    own = os.readlink(f"/proc/{first_pid}/ns/pid")
+    found: set[str] = set()
+    for process in processes():
+        if own in (spaces := namespaces_of(process)):
+            found |= spaces
+    found |= {f"net:[{path.stat().st_ino}]" for path in Path(f"/proc/{first_pid}/root/run/netns").iterdir()}
+    return found - namespaces_of(Path("/proc/self"))
+
+
+def descendants(pid: int) -> set[int]:
+    found = {pid}
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        for child in (thread / "children").read_text().split():
+            found |= descendants(int(child))
+    return found
+
+
+def left_of(namespaces: set[str], pids: set[int]) -> list[str]:
+    """Processes still in them or that were the lab's, and mounts anywhere that still hold one of them."""
+    left = []
+    for process in processes():
+        if (int(process.name) in pids and runs(process)) or namespaces_of(process) & namespaces:
+            left.append(f"{process} {namespaces_of(process)}")
+        mounts = mounts_of(process)
+        left += [f"{process} mounts {space}" for space in namespaces if space in mounts]
+    return left
+
+
+def host_state() -> tuple[str, ...]:
+    """What of this machine a lab could leave a trace in."""
+    shown = subprocess.run(
+        "ip netns list; ip -o link show | cut -d: -f2; ls -A /run ~/.cache/fwd-lab; cut -d' ' -f5 /proc/self/mountinfo",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return tuple(sorted(shown.splitlines()))
+
+
+def gone(namespaces: set[str], pids: set[int]) -> None:
+    wait_for(lambda: not left_of(namespaces, pids), "nothing of the lab is left", 5)
+
+
+@pytest.mark.parametrize(
+    ("ending", "words"), [("normal", ()), ("SIGINT", ()), ("SIGTERM", ()), ("SIGKILL", ()), ("SIGKILL", ("freeze",))]
+)
+def test_nothing_is_left_whatever_ends_it(ending, words):
+    child = python("-c", BUILD, *words)
+    first_pid = int(child.stdout.readline())
+    namespaces, pids = made_of(first_pid), descendants(child.pid)
+    assert len([space for space in namespaces if space.startswith("net:")]) == 3  # the lab's own and two hosts'
+    assert len(pids) > 8  # two charons, tcpdump and what is around them
+    if ending != "normal":
+        os.kill(child.pid, signal.Signals[ending])
+    child.communicate("\n", timeout=20)
+    gone(namespaces, pids)
+    assert not Path(f"/proc/{first_pid}/root/run/hosts").exists()
+
+
+def test_when_close_returns_all_is_gone_already():
+    with Lab("terminated") as lab:
+        namespaces = made_of(lab.sandbox.first_pid)
+    assert not left_of(namespaces, set())
+
+
+@pytest.mark.parametrize("delay_s", [0.2, 0.4, 0.8])
+@pytest.mark.parametrize("command", [("-c", BUILD), ("-m", "lab", "up", "terminated", "--name", "t-killed")])
+def test_nothing_is_left_of_one_that_was_killed_while_it_was_built(command, delay_s):
+    """Wherever in the build the signal meets it: the delays only spread over it."""
+    child = python(*command)
+    time.sleep(delay_s)
+    pids = descendants(child.pid)
+    namespaces: set[str] = set()
+    for pid in pids:
+        namespaces |= namespaces_of(Path(f"/proc/{pid}"))
+    namespaces -= namespaces_of(Path("/proc/self"))
+    child.kill()
+    child.communicate(timeout=20)
+    gone(namespaces, pids)
+    assert "t-killed" not in [entry.name for entry in running()]
+
+
+def test_two_labs_at_once_do_not_meet():
+    with Lab("terminated") as one, Lab("terminated") as two:
+        shared = made_of(one.sandbox.first_pid) & made_of(two.sandbox.first_pid)
+        assert not shared
+        one.initiate("peer-v4")
+        two.initiate("peer-v4")
+        assert one.ping("peer-v4") == two.ping("peer-v4") == 3
+        (one_sa,), (two_sa,) = one.charon("fwd").list_sas(), two.charon("fwd").list_sas()
+        assert one_sa.spi_in != two_sa.spi_in
+        one.close()
+        assert two.ping("peer-v4") == 3
+
+
+# --- tunnels and witnesses --------------------------------------------------------------------------------------
+
+
+def on_the_wire(packet) -> int:
+    """The SPI of a captured ESP packet (RFC 4303, section 2)."""
+    at = 20 if packet.octets[0] >> 4 == 4 else 40
+    return int.from_bytes(packet.octets[at : at + 4])
+
+
+def test_tunnels_carry_protocol_50_on_fwds_wire_and_a_rekey_changes_the_spis(testbed):
+    interface = "to-a" if testbed.topology.name == "transit" else "to-peer"
+    for tunnel in testbed.topology.tunnels:
+        charon = testbed.charon(tunnel.initiator)
+        before = charon.installed(tunnel.name)
+        with testbed.hosts["fwd"].capture(interface) as capture:
+            assert testbed.ping(tunnel.name, count=4) == 4
+            after = charon.rekey(tunnel.name)
+            assert testbed.ping(tunnel.name, count=3) == 3
+        assert not {before.spi_in, before.spi_out} & {after.spi_in, after.spi_out}
+        for ends, spis in (
+            (tunnel.outer, [before.spi_out] * 4 + [after.spi_out] * 3),
+            (tunnel.outer[::-1], [before.spi_in] * 4 + [after.spi_in] * 3),
+        ):
+            packets = [packet for packet in capture.packets if (packet.source, packet.destination) == ends]
+            assert [on_the_wire(packet) for packet in packets] == spis
+            assert capture.total(*ends) == (7, sum(len(packet.octets) for packet in packets))
+        assert sum("ESP(spi=0x" in line for line in capture.printed()) == 14
+
+
+def test_charon_restarted_sets_its_tunnels_up_again(testbed):
+    tunnel = testbed.topology.tunnels[0]
+    charon = testbed.charon(tunnel.initiator)
+    before = charon.installed(tunnel.name)
+    charon.restart()
+    assert charon.list_sas() == []
+    charon.initiate(tunnel.name)
+    assert charon.installed(tunnel.name).spi_in != before.spi_in
+    assert testbed.ping(tunnel.name) == 3
+
+
+def test_fwd_that_does_not_start_says_why(testbed):
+    with pytest.raises(LabError, match=r"fwd did not start:\n(.*\n)*.*no-such-key"):
+        testbed.start_fwd(default_config() + "\n[no-such-key]\n")
+
+
+# --- the root folder ----------------------------------------------------------------------------------------------
+
+
+def fake_mmdebstrap(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Path:
+    """Put a program of that name first in the path and give the lab an empty cache; returns where the root will be."""
+    program = folder / "bin" / "mmdebstrap"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh -e\nfor root; do :; done\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "fwd-lab" / "strongswan-trixie"
+
+
+def test_labs_that_start_at_once_make_the_root_folder_once(tmp_path, monkeypatch):
+    root = fake_mmdebstrap(tmp_path, monkeypatch, f'echo made >> {tmp_path}/made; sleep 0.3; touch "$root/whole"')
+    script = "from lab.strongswan import root_folder; root = root_folder(); print((root / 'whole').exists())"
+    both = [python("-c", script), python("-c", script)]
+    assert [child.communicate(timeout=20)[0] for child in both] == ["True\n", "True\n"]
+    assert (tmp_path / "made").read_text() == "made\n"
+    assert root.exists()
+
+
+def test_a_root_folder_that_failed_is_not_kept(tmp_path, monkeypatch):
+    root = fake_mmdebstrap(tmp_path, monkeypatch, 'touch "$root/half"; echo no mirror >&2; exit 1')
+    with pytest.raises(LabError, match="no mirror"):
+        strongswan.root_folder()
+    assert not root.exists()
+    assert [path.name for path in root.parent.iterdir()] == ["lock"]
+
+
+def test_a_missing_mmdebstrap_is_named_with_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LabError, match="apt-get install mmdebstrap"):
+        strongswan.root_folder()
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def detached() -> Iterator[str]:
+    """A name for a lab that is ended in any case."""
+    name = f"t-{os.getpid()}"
+    yield name
+    for entry in running():
+        if entry.name == name:
+            entry.end()
+
+
+def test_up_list_shell_down(detached):
+    before = host_state()
+    assert "tunnels are up" in lab_command("up", "terminated", "--name", detached)
+    entry = find(detached)
+    namespaces = made_of(entry.first_pid)
+    assert f"runs: {detached} (topology terminated; hosts fwd, peer" in lab_command("list")
+
+    tunnels = json.loads(lab_command("shell", detached, "fwd", "fwctl", "--json", "show", "tunnel"))["tunnels"]
+    assert {tunnel["child_sa"] for tunnel in tunnels} == {"peer-v4", "peer-v6"}
+    assert "3 received" in lab_command("shell", detached, "peer", "ping", "-c3", "-i.05", "-I", "10.3.0.1", "10.9.0.1")
+    assert "10.3.0.1" in typed("shell", detached, "peer", prompt=f"[lab {detached}: peer]", line="ip addr show lo")
+
+    assert "has no host nobody; there are: fwd, peer" in lab_command("shell", detached, "nobody", status=1)
+    assert f"a lab {detached} runs already" in lab_command("up", "transit", "--name", detached, status=1)
+    assert find(detached) == entry
+
+    assert "is gone" in lab_command("down", detached)
+    assert not left_of(namespaces, set())
+    assert f"no lab {detached} runs" in lab_command("down", detached, status=1)
+    assert host_state() == before
+
+
+def test_up_that_fails_leaves_nothing(detached, tmp_path):
+    before = host_state()
+    config = tmp_path / "fwd.toml"
+    config.write_text("[no-such-key]\n")
+    assert "no-such-key" in lab_command("up", "transit", "--name", detached, "--config", str(config), status=1)
+    assert detached not in [entry.name for entry in running()]
+    assert host_state() == before
+
+
+def test_a_recycled_pid_is_never_killed(detached):
+    with subprocess.Popen(["sleep", "60"]) as bystander:
+        real = Running.of(detached, "transit", bystander.pid)
+        stale = Running(real.name, real.topology, real.first_pid, real.started - 1)
+        stale.save()
+        stale.end()
+        stale.save()
+        assert "no lab" in lab_command("down", detached, status=1)
+        assert not (FOLDER / f"{detached}.json").exists()
+        assert bystander.poll() is None
+        bystander.kill()
+
+
+def test_the_demonstration_agrees_with_tcpdump_and_strongswan():
+    shown = lab_command("demo")
+    for words in ("PRED", "20033", "ESP(spi=0x", "spi-in 0x", "show tunnel", "A forced rekey", "python -m lab up demo"):
+        assert words in shown
+
+
+def test_a_demonstration_that_fails_says_so(tmp_path):
+    (tmp_path / "fwd-lab" / "strongswan-trixie").mkdir(parents=True)  # a root folder with nothing in it
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    assert "charon on fwd did not start" in lab_command("demo", status=1, env=environment)
+
+
+@pytest.mark.parametrize("command", [(), ("up",), ("down",), ("shell",), ("list",), ("demo",)])
+def test_help_everywhere(command):
+    assert "Usage: python -m lab" in lab_command(*command, "--help")

@@ -1,0 +1,109 @@
+"""The daemon as a user starts, stops, misuses and kills it."""
+
+import json
+import os
+import socket
+import subprocess
+import time
+
+import pytest
+
+from lab.lab import PROGRAMS, LabError, default_config, wait_for
+
+
+def test_without_any_configuration_it_runs_with_a_sane_default(transit):
+    host = transit.hosts["fwd"]
+    process = host.start([str(PROGRAMS / "fwd")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: host.run([str(PROGRAMS / "fwctl"), "show", "system", "info"], check=False).returncode == 0, "it runs")
+    transit.initiate("sites-v4")
+    transit.ping("sites-v4")
+    shown = json.loads(host.run([str(PROGRAMS / "fwctl"), "show", "session", "all", "--json"]).stdout)["sessions"]
+    assert {(s["rule"], s["c2s"]["source_zone"], s["c2s"]["destination_zone"]) for s in shown} == {("any-any", "any", "any")}
+    process.end()
+
+
+def test_a_second_daemon_refuses_and_leaves_the_first_alone(transit):
+    fwd = transit.start_fwd()
+    with pytest.raises(LabError, match="cannot bind NFQUEUE 20"):
+        # fwctl answers through the first one: so look at the second one's own exit.
+        second = transit.hosts["fwd"].run([str(PROGRAMS / "fwd"), "--config", "/run/fwd.toml"], timeout=20)
+        raise LabError(second.stderr)
+    assert "Traceback" not in fwd.log
+    transit.initiate("sites-v4")
+    assert transit.ping("sites-v4") == 3
+    assert fwd.sessions(application="ipsec-esp")
+
+
+def test_rules_of_a_killed_daemon_are_replaced_not_doubled(transit):
+    host = transit.hosts["fwd"]
+    for _ in range(3):
+        transit.start_fwd().kill()
+    fwd = transit.start_fwd()
+    listed = host.run(["sh", "-c", "iptables-nft -t mangle -S; nft list tables"]).stdout
+    assert listed.count("-A INPUT -j FWD-INPUT") + listed.count("table inet fwd_dataplane") == 1
+    fwd.stop()
+    listed = host.run(["sh", "-c", "iptables-nft -t mangle -S; ip6tables-nft -t mangle -S; nft list tables"]).stdout
+    assert "FWD-" not in listed and "fwd_dataplane" not in listed
+    assert not host.path("/run/fwd/control.sock").exists()
+
+
+def test_a_users_own_filter_rules_still_see_what_fwd_accepted(transit):
+    host = transit.hosts["fwd"]
+    transit.start_fwd()
+    transit.initiate("sites-v4")
+    assert transit.ping("sites-v4") == 3
+    host.run(["iptables-nft", "-A", "FORWARD", "-p", "esp", "-j", "DROP"])
+    assert transit.ping("sites-v4", count=2) == 0
+
+
+def test_it_notifies_systemd(transit):
+    host = transit.hosts["fwd"]
+    path = host.path("/run/notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(path))
+        manager.settimeout(10)
+        environment = {**os.environ, "NOTIFY_SOCKET": "/run/notify", "WATCHDOG_USEC": "400000"}
+        fwd = transit.start_fwd(environment=environment)
+
+        def hear(word):
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline:
+                message = manager.recv(4096).decode()
+                if word in message.splitlines():
+                    return message
+            raise AssertionError(f"{word} was not said")
+
+        assert "STATUS=" in hear("READY=1")
+        hear("WATCHDOG=1")
+        hear("WATCHDOG=1")
+        fwd.reload(default_config())
+        assert "MONOTONIC_USEC=" in hear("RELOADING=1")
+        hear("READY=1")
+        assert fwd.stop() == 0
+        hear("STOPPING=1")
+
+
+def test_the_control_socket_asks_who_one_is(transit):
+    host = transit.hosts["fwd"]
+    transit.start_fwd()
+    as_nobody = ["setpriv", "--reuid", "nobody", "--regid", "nogroup", "--clear-groups", "/usr/bin/python3", "-c"]
+    ask = (
+        "import socket; s = socket.socket(socket.AF_UNIX); s.connect('/run/fwd/control.sock');"
+        's.sendall(b\'{{"jsonrpc":"2.0","id":1,"method":"{}","params":{{}}}}\\n\'); print(s.makefile().readline())'
+    )
+    for method, right in (("session.list", "read"), ("session.clear", "change")):
+        answer = json.loads(host.run([*as_nobody, ask.format(method)]).stdout)
+        assert answer["error"]["code"] == -32001 and f"may not {right}" in answer["error"]["message"]
+
+
+def test_interfaces_that_come_later_are_known_by_name(transit):
+    host = transit.hosts["fwd"]
+    fwd = transit.start_fwd(default_config().replace('"to-b"', '"late*"'))
+    host.run(["ip", "link", "set", "to-b", "down"])
+    host.run(["ip", "link", "set", "to-b", "name", "late0"])
+    host.run(["ip", "link", "set", "late0", "up"])
+    host.run(["ip", "-6", "address", "replace", "2001:db8:b::1/64", "dev", "late0"])
+    transit.initiate("sites-v4")
+    transit.ping("sites-v4")
+    (session,) = fwd.sessions(application="ipsec-esp")
+    assert (session["egress_interface"], session["c2s"]["destination_zone"]) == ("late0", "untrust")

@@ -1,0 +1,136 @@
+import pytest
+
+from fwd import rpc
+from fwd.api import Api
+from fwd.core import session_filter
+from fwd.core.sa import SaEstablished, SaSourceLost
+from fwd.rpc import RpcError
+from tests.builders import DENY_ALL, HERE, LEFT, PEER, RIGHT, Bench, child_sa, esp, ike, settings
+
+
+@pytest.fixture
+def bench():
+    bench = Bench()
+    bench.sas(SaEstablished(child_sa()))
+    bench.receive(esp(PEER, HERE, 0x1001, size=2000))
+    bench.forward(esp(LEFT, RIGHT, 5))
+    bench.forward(ike(LEFT, RIGHT))
+    bench.now += 10
+    bench.firewall.reconfigure(settings(DENY_ALL))
+    bench.forward(esp("10.0.0.1", RIGHT, 5))
+    return bench
+
+
+@pytest.fixture
+def api(bench):
+    return Api(bench.firewall, lambda: bench.now, "/run/charon.vici", lambda: {"hostname": "here"}, lambda: None)
+
+
+def ids(api, **words):
+    chosen = {key.rstrip("_").replace("_", "-"): value for key, value in words.items()}
+    return [session["id"] for session in api.dispatch("session.list", {"filter": chosen})["sessions"]]
+
+
+def test_client_and_core_know_the_same_filter_keys():
+    assert list(rpc.FILTER_KEYS) == list(session_filter.KEYS)
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ({}, [1, 2, 3, 4]),
+        ({"application": "ipsec-udp"}, [1]),
+        ({"application": "IKE"}, [3]),
+        ({"source": "198.51.100.0/24"}, [2, 3]),
+        ({"source": PEER}, [1]),
+        ({"destination": "203.0.113.2"}, [2, 3, 4]),
+        ({"destination": "::/0"}, []),
+        ({"source_port": "20033"}, [2, 4]),
+        ({"destination_port": "4097"}, [1]),
+        ({"protocol": "17"}, [3]),
+        ({"from_": "trust"}, [2, 3, 4]),
+        ({"to": "untrust"}, [1, 2, 3, 4]),
+        ({"state": "discard"}, [4]),
+        ({"type": "flow"}, [1, 2, 3, 4]),
+        ({"rule": "nothing"}, [4]),
+        ({"min_age": "10"}, [1, 2, 3]),
+        ({"min_kb": "1"}, [1]),
+        ({"ingress_interface": "left"}, [2, 3, 4]),
+        ({"egress_interface": "right", "application": "ike"}, [3]),
+    ],
+)
+def test_every_filter_key(api, words, found):
+    assert ids(api, **words) == found
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "code", "message"),
+    [
+        ("session.steal", {}, rpc.METHOD_NOT_FOUND, "no method 'session.steal'"),
+        ("session.get", {"id": 99}, rpc.NO_SUCH_SESSION, "no session 99"),
+        ("session.get", {"id": "1"}, rpc.INVALID_PARAMS, "session.get: id: found '1'; want a valid integer"),
+        ("session.get", {}, rpc.INVALID_PARAMS, "id: missing"),
+        ("session.get", {"id": True}, rpc.INVALID_PARAMS, "id: found True"),
+        ("session.list", {"limit": 10**9}, rpc.INVALID_PARAMS, "limit"),
+        ("session.list", {"filter": {"colour": "red"}}, rpc.INVALID_PARAMS, "no filter key 'colour'"),
+        ("session.list", {"filter": {"source": "x/99"}}, rpc.INVALID_PARAMS, "filter source: 'x/99' will not do"),
+        ("session.list", {"filter": {"state": "drunk"}}, rpc.INVALID_PARAMS, "want one of init, opening"),
+        ("session.list", {"filter": {"min-kb": "much"}}, rpc.INVALID_PARAMS, "filter min-kb"),
+        ("session.clear", {}, rpc.INVALID_PARAMS, "either an id or a filter"),
+        ("session.clear", {"id": 1, "filter": {}}, rpc.INVALID_PARAMS, "either an id or a filter"),
+        ("session.info", {"what": 1}, rpc.INVALID_PARAMS, "what: no such key"),
+    ],
+)
+def test_refusals_say_what_is_wrong(api, method, params, code, message):
+    with pytest.raises(RpcError) as caught:
+        api.dispatch(method, params)
+    assert caught.value.code == code and message in caught.value.message
+
+
+def test_pages_hold_every_session_once(api, bench):
+    for host in range(1, 30):
+        bench.forward(esp(f"10.9.0.{host}", RIGHT, 1))
+    found, after = [], 0
+    while after is not None:
+        page = api.dispatch("session.list", {"after": after, "limit": 7})
+        found += [session["id"] for session in page["sessions"]]
+        after = page["next"]
+    assert found == ids(api) == sorted(set(found)) and len(found) == 33
+
+
+def test_a_terminated_session_in_full(api):
+    session = api.dispatch("session.get", {"id": 1})
+    assert session["c2s"]["sport"] == session["s2c"]["dport"] == 0x2001
+    assert session["c2s"]["source_zone"] == session["s2c"]["destination_zone"] == "untrust"
+    assert (session["c2s"]["packets"], session["c2s"]["bytes"]) == (1, 2028)
+    assert (session["timeout_s"], session["time_to_live_s"], session["end_reason"]) == (3600, 3590, "unknown")
+    assert (session["ipsec"]["child_sa"], session["ipsec"]["sa_stale_s"]) == ("net", None) or session["ipsec"]["sa_stale_s"]
+    assert session["terminated_on_host"] and session["in_ager"]
+
+
+def test_clearing_says_how_many(api):
+    assert api.dispatch("session.clear", {"filter": {"application": "ipsec-esp"}}) == {"cleared": 2}
+    ended = api.dispatch("session.get", {"id": 2})
+    assert (ended["state"], ended["in_ager"], ended["time_to_live_s"], ended["end_reason"]) == ("INIT", False, None, "cleared")
+    with pytest.raises(RpcError, match="no session 2"):
+        api.dispatch("session.clear", {"id": 2})
+    assert api.dispatch("session.clear", {"filter": {}}) == {"cleared": 2}
+
+
+def test_counts_and_tunnels_and_info(api, bench):
+    assert api.dispatch("session.count", {"filter": {"state": "active"}}) == {"count": 3}
+    info = api.dispatch("session.info", {})
+    assert (info["sessions_allocated"], info["discard"], info["active"]["ike"]) == (4, 1, 1)
+    bench.sas(SaSourceLost("away"))
+    bench.now += 5
+    tunnels = api.dispatch("tunnel.list", {})
+    assert tunnels["source"]["reason"] == "away" and not tunnels["source"]["connected"]
+    (tunnel,) = tunnels["tunnels"]
+    assert (tunnel["session"], tunnel["spi_in"], tunnel["stale_s"]) == (1, 0x1001, 15)
+    counters = {counter["name"]: counter["value"] for counter in api.dispatch("counter.list", {})["counters"]}
+    assert counters["pkt_recv"] == counters["pkt_session"] == 4
+    assert api.dispatch("system.info", {}) == {"hostname": "here"}
+
+
+def test_only_clearing_changes_anything(api):
+    assert {name for name, right in api.rights.items() if right != "read"} == {"session.clear"}

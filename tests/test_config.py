@@ -1,0 +1,117 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fwd.config import Config, ConfigError, load
+from fwd.core.policy import Action
+from fwd.core.settings import UnknownSpi
+from tests.builders import packed
+
+
+def loaded(tmp_path, text):
+    path = tmp_path / "fwd.toml"
+    path.write_text(text)
+    return load(path)
+
+
+def refusal(tmp_path, text):
+    with pytest.raises(ConfigError) as caught:
+        loaded(tmp_path, text)
+    return str(caught.value).replace(str(tmp_path), "")
+
+
+def test_without_a_file_everything_is_in_zone_any_and_allowed():
+    settings = Config().settings()
+    rule = settings.policy.lookup("any", "any", packed("192.0.2.1"), packed("192.0.2.2"), "ipsec-esp")
+    assert (rule.name, rule.action, rule.log_at_end) == ("any-any", Action.ALLOW, True)
+    assert settings.zones.zone_of("eth0") == "any"
+
+
+def test_a_whole_file(tmp_path):
+    config = loaded(
+        tmp_path,
+        """
+        default-zone = "none"
+        [dataplane]
+        fail = "closed"
+        unknown-spi = "discard"
+        max-sessions = 100
+        [zones]
+        trust = ["eth1", "veth*"]
+        untrust = ["eth0"]
+        [default-rule]
+        name = "the-end"
+        action = "allow"
+        [timeouts]
+        ike = 31
+        ipsec-esp-udp = 32
+        discard = 33
+        [[rules]]
+        name = "one"
+        from = ["trust", "any"]
+        to = ["untrust"]
+        source = ["10.0.0.0/8", "2001:db8::1"]
+        application = ["ike"]
+        action = "deny"
+        log-at-end = false
+        """,
+    )
+    settings = config.settings()
+    (rule,) = settings.policy.rules
+    assert (rule.name, rule.action, rule.log_at_end) == ("one", Action.DENY, False)
+    assert rule.matches("x", "untrust", packed("10.1.2.3"), packed("1.2.3.4"), "ike")
+    assert rule.matches("x", "untrust", packed("2001:db8::1"), packed("2001:db8::2"), "ike")
+    assert not rule.matches("x", "untrust", packed("11.1.2.3"), packed("1.2.3.4"), "ike")
+    assert not rule.matches("x", "untrust", packed("10.1.2.3"), packed("1.2.3.4"), "ipsec-esp")
+    assert settings.policy.default.name == "the-end"
+    assert [settings.zones.zone_of(name) for name in ("veth7", "eth0", "lo")] == ["trust", "untrust", "none"]
+    assert settings.timeouts_s == {"ike": 31, "ipsec-esp": 3600, "ipsec-udp": 3600, "ipsec-esp-udp": 32}
+    assert (settings.discard_timeout_s, settings.unknown_spi) == (33, UnknownSpi.DISCARD)
+
+
+RULE = '[[rules]]\nname = "r"\naction = "allow"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = ", "/fwd.toml: not TOML: Invalid value (at end of document)"),
+        ("[dataplan]", "/fwd.toml: dataplan: no such key here"),
+        ("[dataplane]\nqueue = 70000", "dataplane.queue: found 70000; want less than or equal to 65535"),
+        ("[dataplane]\nqueue = '7'", "dataplane.queue: found '7'; want a valid integer"),
+        ("[dataplane]\nfail = 'ajar'", "dataplane.fail: found 'ajar'; want 'open' or 'closed'"),
+        ("[[rules]]\naction = 'allow'", "rules.0.name: missing"),
+        (RULE + "from = ['trsut']", "rules.0.from: found zone 'trsut'; want one of any"),
+        (RULE + "source = ['10.0.0.1/8']", "rules.0.source.0: found '10.0.0.1/8'; want an address or a prefix"),
+        (RULE + "application = ['ssh']", "rules.0.application.0: found 'ssh'; want 'ipsec-esp'"),
+        (RULE + RULE, "rules.1.name: found 'r' twice"),
+        ("[control]\nsocket = 'here'", "control.socket: found 'here'; want a string that can match"),
+    ],
+)
+def test_errors_name_file_key_what_was_found_and_what_is_wanted(tmp_path, text, message):
+    assert message in refusal(tmp_path, text)
+
+
+def test_every_error_is_told_at_once(tmp_path):
+    lines = refusal(tmp_path, "[dataplane]\nqueue = -1\nfail = 1\n").splitlines()
+    assert len(lines) == 2 and all(line.startswith("/fwd.toml: dataplane.") for line in lines)
+
+
+def test_a_file_that_cannot_be_read_is_a_clear_error(tmp_path):
+    with pytest.raises(ConfigError, match="No such file"):
+        load(tmp_path / "none.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load(tmp_path / "binary.toml")
+
+
+@given(st.text(max_size=200))
+def test_arbitrary_text_is_a_configuration_or_the_declared_error(tmp_path_factory, text):
+    path = Path(tmp_path_factory.getbasetemp()) / "any.toml"
+    path.write_text(text, "utf-8", errors="replace")
+    try:
+        load(path)
+    except ConfigError as error:
+        assert str(path) in str(error)
