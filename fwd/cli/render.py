@@ -210,9 +210,9 @@ def tunnels(answer: Mapping[str, Any], width: int) -> str:
     if not answer["tunnels"]:
         return f"{head}\nNo tunnel ends on this host."
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
-    for title in ("IKE_SA / CHILD_SA", "Local / Remote", "SPI in / SPI out"):
+    for title in ("IKE / CHILD_SA", "Local / Remote"):
         table.add_column(title, overflow="fold")
-    for title in ("Session", "Age", "SA"):
+    for title in ("SPI in / out", "Session", "Age", "SA"):
         table.add_column(title, no_wrap=True)
     for tunnel in answer["tunnels"]:
         nat_t = [f"[{port}]" for port in tunnel["nat_t_ports"] or ()] or ["", ""]

@@ -1,0 +1,150 @@
+"""fwctl as a program, against a real control socket in front of a real core."""
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from fwd.api import Api
+from fwd.edge.control import Access, ControlServer
+from tests.builders import LEFT, RIGHT, Bench, esp
+
+FWCTL = Path(sys.executable).parent / "fwctl"
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory):
+    """A control socket in a thread of its own; 1,100 sessions, so that three pages are needed."""
+    path = tmp_path_factory.mktemp("run") / "control.sock"
+    bench = Bench()
+    bench.forward(esp(LEFT, RIGHT, 7))
+    for host in range(1, 1100):
+        bench.forward(esp(f"10.{host // 250}.0.{host % 250}", RIGHT, 7))
+    api = Api(bench.firewall, lambda: bench.now, "/nowhere", lambda: {"hostname": "test"}, lambda: None)
+    loop = asyncio.new_event_loop()
+    server = ControlServer(path, api.dispatch, api.rights, Access([], []))
+    loop.run_until_complete(server.start())
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield path
+    asyncio.run_coroutine_threadsafe(server.stop(), loop).result(5)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(5)
+    loop.close()
+
+
+def fwctl(*words, path="/nonexistent"):
+    environment = {**os.environ, "FWD_SOCKET": str(path)}
+    return subprocess.run([FWCTL, *words], capture_output=True, text=True, timeout=30, env=environment, check=False)
+
+
+def test_pages_are_put_together(daemon):
+    done = fwctl("show", "session", "all", path=daemon)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 4 + 2 * 1100
+    assert len(json.loads(fwctl("show", "session", "all", "--json", path=daemon).stdout)["sessions"]) == 1100
+
+
+def test_json_stands_before_or_after_the_words(daemon):
+    before = fwctl("--json", "show", "session", "id", "1", path=daemon).stdout
+    after = fwctl("show", "session", "id", "1", "--json", path=daemon).stdout
+    assert json.loads(before)["id"] == json.loads(after)["id"] == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["show session all", "show session id 1", "show session info", "show counter global", "show tunnel", "show system info"],
+)
+def test_every_command_prints_text_and_json(daemon, words):
+    text = fwctl(*words.split(), path=daemon)
+    assert text.returncode == 0 and text.stdout and not text.stderr
+    assert isinstance(json.loads(fwctl(*words.split(), "--json", path=daemon).stdout), dict)
+
+
+def test_filters(daemon):
+    words = ("show", "session", "all", "filter", "source", LEFT)
+    assert len(fwctl(*words, path=daemon).stdout.splitlines()) == 6
+    count = fwctl("show", "session", "all", "filter", "count", "yes", path=daemon)
+    assert count.stdout == "Number of sessions that match filter: 1100\n"
+    assert fwctl(*words, "state", "discard", path=daemon).stdout == "No Active Sessions\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "reason"),
+    [
+        ("show session id 424242", 1, "fwctl: no session 424242: 'show session all' lists those there are"),
+        ("clear session id 424242", 1, "fwctl: no session 424242"),
+        ("show session all filter sauce x", 2, "did you mean 'source'?"),
+        ("show session all filter", 2, "filter wants KEY VALUE"),
+        ("show session all filter source", 2, "'source' wants a value after it"),
+        ("show session all filter state x state y", 2, "'state' stands there twice"),
+        ("show session all where state x", 2, "found 'where', want 'filter KEY VALUE ...'"),
+        ("show session all filter count maybe", 2, "want yes or no"),
+        ("show session all filter source 1.2.3", 2, "filter source: '1.2.3' will not do"),
+        ("clear session all filter count yes", 2, "nothing was cleared"),
+        ("show session id zero", 2, "'zero' is not a valid integer"),
+        ("show sesion all", 2, "No such command 'sesion'"),
+    ],
+)
+def test_exit_status_and_reason(daemon, words, status, reason):
+    done = fwctl(*words.split(), path=daemon)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert reason in done.stderr and "Traceback" not in done.stderr
+
+
+def test_without_a_daemon_it_says_what_to_do(tmp_path):
+    done = fwctl("show", "tunnel")
+    assert done.returncode == 3 and "no fwd on /nonexistent: start it" in done.stderr
+    left = tmp_path / "left.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(left))
+    assert fwctl("show", "tunnel", path=left).returncode == 3
+    (tmp_path / "file").write_text("")
+    done = fwctl("show", "tunnel", path=tmp_path / "file")
+    assert done.returncode == 3 and len(done.stderr.splitlines()) == 1
+
+
+def test_another_programs_socket_is_no_daemon(tmp_path):
+    path = tmp_path / "other.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def answer():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"220 mail.example.org\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        done = fwctl("show", "tunnel", path=path)
+        thread.join(5)
+    assert done.returncode == 3 and "Traceback" not in done.stderr
+
+
+def test_a_reader_that_has_enough_is_no_error(daemon):
+    environment = {**os.environ, "FWD_SOCKET": str(daemon)}
+    done = subprocess.run(
+        f"{FWCTL} show session all | head -1", shell=True, capture_output=True, text=True, env=environment, check=False
+    )
+    assert (done.stdout, done.stderr) == ("-" * 80 + "\n", "")
+
+
+def test_help_teaches_without_a_daemon():
+    for words in ("", "show", "show session all", "clear session all"):
+        done = fwctl(*words.split(), "--help")
+        assert done.returncode == 0 and done.stdout.startswith("Usage: fwctl")
+    assert "ingress-interface" in fwctl("show", "session", "all", "--help").stdout
+    assert "Exit status" in fwctl("--help").stdout
+
+
+def test_clearing_everything(daemon):
+    done = fwctl("clear", "session", "id", "2", path=daemon)
+    assert (done.returncode, done.stdout) == (0, "session 2 cleared\n")
+    assert fwctl("clear", "session", "all", path=daemon).stdout == "1099 sessions cleared\n"

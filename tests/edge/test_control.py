@@ -1,0 +1,215 @@
+"""The control socket against clients that mean no good."""
+
+import asyncio
+import json
+import os
+import socket
+
+import pytest
+
+from fwd import rpc
+from fwd.edge import control
+from fwd.edge.control import Access, ControlError, ControlServer, Peer
+from fwd.rpc import RpcError
+
+RIGHTS = {"echo": "read", "change": "change"}
+
+
+def dispatch(method, params):
+    if method == "defect":
+        raise ZeroDivisionError
+    if method == "refuse":
+        raise RpcError(rpc.NO_SUCH_SESSION, "no")
+    if method == "long":
+        return "x" * (rpc.MAX_ANSWER_BYTES + 1)
+    if method == "big":
+        return "x" * (rpc.MAX_ANSWER_BYTES // 2)
+    return params
+
+
+def serve(tmp_path, work, **access):
+    """Run `work(path, server)` against a server."""
+
+    async def main():
+        server = ControlServer(tmp_path / "c.sock", dispatch, RIGHTS, Access(access.get("read", []), []))
+        await server.start()
+        try:
+            return await asyncio.wait_for(work(tmp_path / "c.sock", server), 30)
+        finally:
+            await server.stop()
+
+    return asyncio.run(main())
+
+
+async def ask(path, *lines):
+    reader, writer = await asyncio.open_unix_connection(path, limit=2 * rpc.MAX_ANSWER_BYTES)
+    answers = []
+    for line in lines:
+        writer.write(line if isinstance(line, bytes) else json.dumps(line).encode())
+        writer.write(b"\n")
+        await writer.drain()
+        answers.append(json.loads(await asyncio.wait_for(reader.readline(), 10)))
+    writer.close()
+    await writer.wait_closed()
+    return answers
+
+
+def request(method, params=None, identity=1):
+    return {"jsonrpc": "2.0", "id": identity, "method": method, "params": params or {}}
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        (b"", rpc.PARSE_ERROR),
+        (b"\xff\xfe\x00", rpc.PARSE_ERROR),
+        (b"{", rpc.PARSE_ERROR),
+        (b"[" * 60_000, rpc.PARSE_ERROR),
+        (b'{"jsonrpc":"2.0","id":1,"method":"echo","params":{"x":NaN}}', rpc.PARSE_ERROR),
+        (b"9" * 50_000, rpc.PARSE_ERROR),
+        (b"1", rpc.INVALID_REQUEST),
+        (b"[]", rpc.INVALID_REQUEST),
+        ([request("echo")], rpc.INVALID_REQUEST),
+        ({"id": 1, "method": "echo"}, rpc.INVALID_REQUEST),
+        ({**request("echo"), "method": 7}, rpc.INVALID_REQUEST),
+        ({**request("echo"), "id": {}}, rpc.INVALID_REQUEST),
+        ({**request("echo"), "params": [1]}, rpc.INVALID_PARAMS),
+        (request("defect"), rpc.INTERNAL_ERROR),
+        (request("refuse"), rpc.NO_SUCH_SESSION),
+        (request("long"), rpc.INVALID_PARAMS),
+    ],
+)
+def test_bad_requests_get_an_error_and_the_connection_goes_on(tmp_path, line, code):
+    async def work(path, server):
+        return await ask(path, line, request("echo", {"a": 1}, "next"))
+
+    refused, fine = serve(tmp_path, work)
+    assert refused["error"]["code"] == code and "\n" not in refused["error"]["message"]
+    assert fine == {"jsonrpc": "2.0", "id": "next", "result": {"a": 1}}
+
+
+def test_a_notification_is_done_and_not_answered(tmp_path):
+    async def work(path, server):
+        return await ask(path, b'{"jsonrpc":"2.0","method":"echo"}\n' + json.dumps(request("echo")).encode())
+
+    assert serve(tmp_path, work)[0]["id"] == 1
+
+
+def test_a_request_that_is_too_long_ends_the_connection(tmp_path):
+    async def work(path, server):
+        (answer,) = await ask(path, b"x" * (2 * rpc.MAX_REQUEST_BYTES))
+        return answer, await ask(path, request("echo"))
+
+    answer, after = serve(tmp_path, work)
+    assert answer["error"]["code"] == rpc.INVALID_REQUEST and after[0]["result"] == {}
+
+
+def test_one_client_too_many_is_told(tmp_path):
+    async def work(path, server):
+        others = [await asyncio.open_unix_connection(path) for _ in range(control.MAX_CLIENTS)]
+        await asyncio.sleep(0.1)
+        reader, writer = await asyncio.open_unix_connection(path)
+        refused = json.loads(await reader.readline())
+        writer.close()
+        for _, other in others:
+            other.close()
+        while server._clients:
+            await asyncio.sleep(0.01)
+        return refused, await ask(path, request("echo"))
+
+    refused, after = serve(tmp_path, work)
+    assert refused["error"]["code"] == rpc.BUSY and "result" in after[0]
+
+
+def test_a_client_that_does_not_read_is_hung_up_on_and_stalls_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(control, "READ_S", 0.3)
+
+    async def work(path, server):
+        _, lazy = await asyncio.open_unix_connection(path, limit=1)
+        lazy.write(json.dumps(request("big")).encode() + b"\n")
+        await lazy.drain()
+        started = asyncio.get_running_loop().time()
+        await ask(path, request("echo"))
+        quick = asyncio.get_running_loop().time() - started
+        while server._clients:
+            await asyncio.sleep(0.01)
+        lazy.close()
+        return quick
+
+    assert serve(tmp_path, work) < 0.25
+
+
+def test_a_silent_client_is_hung_up_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(control, "IDLE_S", 0.2)
+
+    async def work(path, server):
+        reader, writer = await asyncio.open_unix_connection(path)
+        writer.write(b'{"half')
+        answer = await reader.read()
+        writer.close()
+        return answer
+
+    assert serve(tmp_path, work) == b""
+
+
+def test_who_may_do_what():
+    access = Access(["readers"], ["changers"])
+    own = os.geteuid()
+    for uid, groups, right, may in (
+        (0, (), "change", True),
+        (own, (), "change", True),
+        (7777, (), "read", False),
+        (7777, ("readers",), "read", True),
+        (7777, ("readers",), "change", False),
+        (7777, ("changers",), "read", True),
+        (7777, ("changers",), "change", True),
+    ):
+        if may:
+            access.check(Peer(uid, frozenset(groups)), right)
+        else:
+            with pytest.raises(RpcError, match=f"uid 7777 may not {right}; root and members of group"):
+                access.check(Peer(uid, frozenset(groups)), right)
+
+
+def test_a_dead_daemons_socket_is_replaced_and_a_live_ones_is_not(tmp_path):
+    path = tmp_path / "c.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+
+    async def work(path, server):
+        with pytest.raises(ControlError, match="another fwd answers"):
+            await ControlServer(path, dispatch, RIGHTS, Access([], [])).start()
+        return await ask(path, request("echo"))
+
+    assert serve(tmp_path, work)[0]["result"] == {}
+    assert not path.exists()
+
+
+def test_a_file_in_the_way_is_left_alone(tmp_path):
+    (tmp_path / "c.sock").write_text("precious")
+    with pytest.raises(ControlError, match="is no socket"):
+        serve(tmp_path, None)
+    assert (tmp_path / "c.sock").read_text() == "precious"
+
+
+def test_a_link_in_the_way_is_not_followed(tmp_path):
+    (tmp_path / "target").write_text("precious")
+    (tmp_path / "c.sock").symlink_to(tmp_path / "target")
+    with pytest.raises(ControlError, match="is no socket"):
+        serve(tmp_path, None)
+    assert (tmp_path / "target").read_text() == "precious"
+
+
+def test_a_socket_that_is_no_longer_ours_stays(tmp_path):
+    async def work(path, server):
+        path.unlink()
+        path.write_text("another's")
+
+    serve(tmp_path, work)
+    assert (tmp_path / "c.sock").read_text() == "another's"
+
+
+def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ControlError, match=r"cannot listen on .* \(.*\): \[control\] socket"):
+        serve(tmp_path / "file" / "below", None)

@@ -1,0 +1,35 @@
+"""The unit as systemd itself judges it."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+UNIT = Path(__file__).parents[2] / "systemd" / "fwd.service"
+
+pytestmark = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze (package systemd)")
+
+
+def test_it_is_clean(tmp_path):
+    daemon = tmp_path / "fwd"
+    daemon.write_text("#!/bin/sh\n")
+    daemon.chmod(0o755)
+    copy = tmp_path / "fwd.service"
+    copy.write_text(UNIT.read_text().replace("/usr/local/sbin/fwd", str(daemon)))
+    done = subprocess.run(["systemd-analyze", "verify", copy], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_its_exposure_is_low():
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--no-pager", UNIT],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    level = re.search(r"Overall exposure level for fwd.service: ([0-9.]+)", done.stdout)
+    assert level is not None, done.stderr
+    assert float(level[1]) <= 3.0
