@@ -78,6 +78,15 @@ class Capture:
         ]
         return len(lengths), sum(lengths)
 
+    def spis(self, source: str, destination: str) -> set[int]:
+        """The SPIs of the ESP packets from one address to another (RFC 4303 section 2); plain IP headers only."""
+        header = 40 if ":" in source else 20
+        return {
+            int.from_bytes(packet.octets[header : header + 4])
+            for packet in self.packets
+            if (packet.source, packet.destination) == (source, destination)
+        }
+
 
 def read_pcap(octets: bytes) -> list[Captured]:
     """The IP packets of a pcap file of an Ethernet interface (pcap-savefile(5))."""

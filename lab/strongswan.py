@@ -12,7 +12,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +28,8 @@ from .topology import Tunnel
 _PACKAGES = (
     "charon-systemd,strongswan-swanctl,libcharon-extra-plugins,libstrongswan-extra-plugins,iproute2,iputils-ping"
 )
+# In a pid namespace of its own nothing of a build goes on when the process that wanted it is killed.
+_LEASH = ("setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc")
 _PLUGINS = (
     "random nonce openssl aes sha1 sha2 hmac kdf pem pkcs1 x509 pubkey curve25519 drbg"
     " {ipsec} kernel-netlink socket-default vici updown"
@@ -80,9 +81,11 @@ def root_folder(say: Callable[[str], None] = lambda _: None) -> Path:
         if shutil.which("mmdebstrap") is None:
             raise LabError("mmdebstrap is not installed: apt-get install mmdebstrap")
         say(f"making a root folder with strongSwan in {root}, once (about 30 s) ...")
-        unfinished = Path(tempfile.mkdtemp(dir=folder, prefix="unfinished-"))
+        unfinished = folder / "unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)  # of one that was killed: who holds the lock is alone
+        unfinished.mkdir()
         try:
-            command = ["mmdebstrap", "--variant=apt", f"--include={_PACKAGES}", "trixie", str(unfinished)]
+            command = [*_LEASH, "mmdebstrap", "--variant=apt", f"--include={_PACKAGES}", "trixie", str(unfinished)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
             if done.returncode:
                 raise LabError(f"mmdebstrap failed, is Debian's mirror reachable? {done.stderr[-1000:]}")

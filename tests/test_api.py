@@ -111,7 +111,12 @@ def test_a_terminated_session_in_full(api):
 def test_clearing_says_how_many(api):
     assert api.dispatch("session.clear", {"filter": {"application": "ipsec-esp"}}) == {"cleared": 2}
     ended = api.dispatch("session.get", {"id": 2})
-    assert (ended["state"], ended["in_ager"], ended["time_to_live_s"], ended["end_reason"]) == ("INIT", False, None, "cleared")
+    assert (ended["state"], ended["in_ager"], ended["time_to_live_s"], ended["end_reason"]) == (
+        "INIT",
+        False,
+        None,
+        "cleared",
+    )
     with pytest.raises(RpcError, match="no session 2"):
         api.dispatch("session.clear", {"id": 2})
     assert api.dispatch("session.clear", {"filter": {}}) == {"cleared": 2}

@@ -1,10 +1,22 @@
+import tomllib
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fwd.config import Config, ConfigError, load
+from fwd.config import (
+    Ageing,
+    Config,
+    ConfigError,
+    Control,
+    Dataplane,
+    DefaultRule,
+    Log,
+    Timeouts,
+    Vici,
+    load,
+)
 from fwd.core.policy import Action
 from fwd.core.settings import UnknownSpi
 from tests.builders import packed
@@ -115,3 +127,12 @@ def test_arbitrary_text_is_a_configuration_or_the_declared_error(tmp_path_factor
         load(path)
     except ConfigError as error:
         assert str(path) in str(error)
+
+
+def test_the_file_that_is_installed_says_what_the_defaults_are():
+    installed = Path(__file__).parents[1] / "systemd" / "fwd.toml"
+    assert load(installed) == Config()
+    sections = tomllib.loads(installed.read_text()).values()
+    keys = {key for section in sections if isinstance(section, dict) for key in section}
+    for section in (Dataplane, Timeouts, Ageing, DefaultRule, Vici, Control, Log):
+        assert {field.alias for field in section.model_fields.values()} <= keys

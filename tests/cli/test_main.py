@@ -58,7 +58,14 @@ def test_json_stands_before_or_after_the_words(daemon):
 
 @pytest.mark.parametrize(
     "words",
-    ["show session all", "show session id 1", "show session info", "show counter global", "show tunnel", "show system info"],
+    [
+        "show session all",
+        "show session id 1",
+        "show session info",
+        "show counter global",
+        "show tunnel",
+        "show system info",
+    ],
 )
 def test_every_command_prints_text_and_json(daemon, words):
     text = fwctl(*words.split(), path=daemon)

@@ -166,7 +166,14 @@ def test_all_sessions_are_pan_os_to_the_byte(sample):
     lines = list(render.session_rows([sample]))
     assert "\n".join(lines) == ALL
     header, row = lines[1], lines[4]
-    assert [header.index(word) for word in ("ID", "Application", "State", "Type", "Flag", "Src[")] == [0, 12, 27, 35, 40, 46]
+    assert [header.index(word) for word in ("ID", "Application", "State", "Type", "Flag", "Src[")] == [
+        0,
+        12,
+        27,
+        35,
+        40,
+        46,
+    ]
     assert [row.index(word) for word in ("ipsec-esp", "ACTIVE", "FLOW", "192.168")] == [13, 28, 36, 47]
     assert lines[5].index("129.") == 47
 

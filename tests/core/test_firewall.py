@@ -511,9 +511,7 @@ def test_any_order_of_things_keeps_every_packet_counted_once(steps, unknown_spi,
             bench.receive(struct.pack("!B", value) * 30)
         elif what in ("deny", "allow"):
             rule = DENY_ALL if what == "deny" else ALLOW_ALL
-            bench.firewall.reconfigure(
-                settings(rule, unknown_spi=unknown_spi, max_sessions=max_sessions // 4)
-            )
+            bench.firewall.reconfigure(settings(rule, unknown_spi=unknown_spi, max_sessions=max_sessions // 4))
         bench.check()
         for session in bench.sessions:
             assert (session.type is SessionType.PRED) == (session.state is State.OPENING)

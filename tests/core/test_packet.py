@@ -56,9 +56,7 @@ def test_plain_esp_in_both_families(spi, seq, size):
 @given(SPI, st.integers(0, 2**32 - 1), st.booleans(), st.binary(min_size=1, max_size=60))
 def test_scapys_own_esp_is_read_as_scapy_reads_it(spi, seq, is_nat_t, text):
     nat_t = UDP(sport=4500, dport=61000) if is_nat_t else None
-    association = SecurityAssociation(
-        ESP, spi=spi, seq_num=seq, crypt_algo="NULL", nat_t_header=nat_t
-    )
+    association = SecurityAssociation(ESP, spi=spi, seq_num=seq, crypt_algo="NULL", nat_t_header=nat_t)
     octets = bytes(association.encrypt(IP(src="10.0.0.1", dst="10.0.0.2") / UDP() / Raw(text)))
     packet = parse(octets)
     oracle = IP(octets)

@@ -1,7 +1,7 @@
 import pytest
 
 from fwd.core.state import TRANSITIONS, IllegalTransition, State, Trigger, next_state
-from tests.builders import Bench, esp, LEFT, RIGHT
+from tests.builders import LEFT, RIGHT, Bench, esp
 
 LEGAL = {(state, trigger) for state, row in TRANSITIONS.items() for trigger in row}
 ILLEGAL = [(state, trigger) for state in State for trigger in Trigger if (state, trigger) not in LEGAL]

@@ -54,7 +54,12 @@ def test_the_interface_table():
     table.apply(LinkPresent(2, "eth0"))
     table.apply(AddressPresent(2, b"addr"))
     table.apply(LinkPresent(2, "wan0"))
-    assert (table.name_of(2), table.name_of(3), table.owner_of(b"addr"), table.owner_of(b"x")) == ("wan0", "if3", 2, None)
+    assert (table.name_of(2), table.name_of(3), table.owner_of(b"addr"), table.owner_of(b"x")) == (
+        "wan0",
+        "if3",
+        2,
+        None,
+    )
     table.apply(AddressPresent(3, b"addr"))  # it moved; the old interface's farewell comes late
     table.apply(AddressGone(2, b"addr"))
     assert table.owner_of(b"addr") == 3

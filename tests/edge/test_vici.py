@@ -91,7 +91,14 @@ def test_events():
 
 @pytest.mark.parametrize(
     "child",
-    [{"spi-in": b"xyz"}, {"spi-in": b"123456789"}, {"spi-out": {}}, {"reqid": b"-1"}, {"uniqueid": []}, {"state": None}],
+    [
+        {"spi-in": b"xyz"},
+        {"spi-in": b"123456789"},
+        {"spi-out": {}},
+        {"reqid": b"-1"},
+        {"uniqueid": []},
+        {"state": None},
+    ],
 )
 def test_what_makes_no_sense_is_the_declared_error(child):
     with pytest.raises(ViciAnswerError):

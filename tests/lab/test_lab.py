@@ -299,6 +299,21 @@ def test_a_root_folder_that_failed_is_not_kept(tmp_path, monkeypatch):
     assert [path.name for path in root.parent.iterdir()] == ["lock"]
 
 
+def test_a_build_that_was_killed_goes_on_nowhere_and_is_made_anew(tmp_path, monkeypatch):
+    root = fake_mmdebstrap(tmp_path, monkeypatch, f'echo made >> {tmp_path}/made; touch "$root/half"; sleep 60')
+    unfinished = root.with_name("unfinished")
+    child = python("-c", "from lab.strongswan import root_folder; root_folder()")
+    wait_for(lambda: (unfinished / "half").exists(), "the build has begun")
+    pids = descendants(child.pid)
+    child.kill()
+    child.communicate(timeout=20)
+    gone(set(), pids)
+    assert not root.exists()
+    (tmp_path / "bin" / "mmdebstrap").write_text('#!/bin/sh -e\nfor root; do :; done\ntouch "$root/whole"\n')
+    assert [path.name for path in strongswan.root_folder().iterdir()] == ["whole"]
+    assert not unfinished.exists()
+
+
 def test_a_missing_mmdebstrap_is_named_with_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -52,9 +52,7 @@ def all_queued(lab: Lab) -> int:
     host = lab.hosts["fwd"]
     nft = host.run(["nft", "list", "table", "inet", "fwd_dataplane"], check=False)
     if nft.returncode == 0:
-        return sum(
-            int(line.split("packets")[1].split()[0]) for line in nft.stdout.splitlines() if "queue" in line
-        )
+        return sum(int(line.split("packets")[1].split()[0]) for line in nft.stdout.splitlines() if "queue" in line)
     return sum(
         kernel_queued(host.run([program, "-t", "mangle", "-nvxL"]).stdout)
         for program in ("iptables-nft", "ip6tables-nft")

@@ -9,21 +9,35 @@ from fwd.rpc import RpcError
 from lab.lab import default_config, wait_for
 from tests.namespaces.conftest import accounted, all_queued
 
-CONFIG = default_config().replace(
-    "[[rules]]",
-    '[[rules]]\nname = "no-v6-transit"\nsource = ["2001:db8:a::/64"]\napplication = ["ipsec-esp"]\naction = "deny"\n\n[[rules]]',
-    1,
-) + '[dataplane]\nunknown-spi = "discard"\nunknown-spi-grace = 2\n[timeouts]\nike = 5\ndiscard = 7\n'
+DENY_V6 = """\
+[[rules]]
+name = "no-v6-transit"
+source = ["2001:db8:a::/64"]
+application = ["ipsec-esp"]
+action = "deny"
+"""
+REST = """
+[dataplane]
+unknown-spi = "discard"
+unknown-spi-grace = 2
+[timeouts]
+ike = 5
+discard = 7
+"""
+CONFIG = default_config().replace("[[rules]]", DENY_V6 + "\n[[rules]]", 1) + REST
 
 #: ESP of unknown SPIs to this host and through it, of absurd form, and IKE-like UDP: 600 packets in 45 s.
 NOISE = """
 import struct, time
-from scapy.all import IP, IPv6, UDP, Raw, conf, L3RawSocket, send
+from scapy.all import IP, UDP, Raw, conf
 socket = conf.L3socket()
+here = IP(src='198.51.100.2', dst='198.51.100.1', proto=50)
+beyond = IP(src='198.51.100.2', dst='203.0.113.2', proto=50)
+nat_t = IP(src='198.51.100.2', dst='203.0.113.2') / UDP(sport=4500, dport=4500)
 for n in range(200):
-    socket.send(IP(src='198.51.100.2', dst='198.51.100.1', proto=50) / Raw(struct.pack('!II', 4000 + n % 40, n) + bytes(n)))
-    socket.send(IP(src='198.51.100.2', dst='203.0.113.2', proto=50) / Raw(struct.pack('!II', 0 if n % 5 == 0 else n, n)))
-    socket.send(IP(src='198.51.100.2', dst='203.0.113.2') / UDP(sport=4500, dport=4500) / Raw(bytes([n % 256]) * (n % 20)))
+    socket.send(here / Raw(struct.pack('!II', 4000 + n % 40, n) + bytes(n)))
+    socket.send(beyond / Raw(struct.pack('!II', 0 if n % 5 == 0 else n, n)))
+    socket.send(nat_t / Raw(bytes([n % 256]) * (n % 20)))
     time.sleep(0.22)
 """
 

@@ -14,11 +14,15 @@ from lab.lab import PROGRAMS, LabError, default_config, wait_for
 def test_without_any_configuration_it_runs_with_a_sane_default(transit):
     host = transit.hosts["fwd"]
     process = host.start([str(PROGRAMS / "fwd")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: host.run([str(PROGRAMS / "fwctl"), "show", "system", "info"], check=False).returncode == 0, "it runs")
+    wait_for(
+        lambda: host.run([str(PROGRAMS / "fwctl"), "show", "system", "info"], check=False).returncode == 0, "it runs"
+    )
     transit.initiate("sites-v4")
     transit.ping("sites-v4")
     shown = json.loads(host.run([str(PROGRAMS / "fwctl"), "show", "session", "all", "--json"]).stdout)["sessions"]
-    assert {(s["rule"], s["c2s"]["source_zone"], s["c2s"]["destination_zone"]) for s in shown} == {("any-any", "any", "any")}
+    assert {(s["rule"], s["c2s"]["source_zone"], s["c2s"]["destination_zone"]) for s in shown} == {
+        ("any-any", "any", "any")
+    }
     process.end()
 
 

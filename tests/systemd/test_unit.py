@@ -9,7 +9,9 @@ import pytest
 
 UNIT = Path(__file__).parents[2] / "systemd" / "fwd.service"
 
-pytestmark = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze (package systemd)")
+pytestmark = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="needs systemd-analyze (package systemd)"
+)
 
 
 def test_it_is_clean(tmp_path):

@@ -1,0 +1,80 @@
+# make demo    the main job on real ESP, in a lab of network namespaces
+# make test    lint and all tests
+# make install the daemon, the client, the unit, under /usr/local
+#
+# What is missing on this machine (Debian packages, a virtual environment) is installed first.
+
+SHELL := /bin/bash
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+INSTALLED := /usr/local/lib/fwd
+
+# To build netfilterqueue; to install rules; for the lab and its tests.
+BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev libnetfilter-queue-dev
+RUN_PACKAGES := nftables iptables
+LAB_PACKAGES := iproute2 iputils-ping procps tcpdump mmdebstrap systemd
+
+define need
+	@missing=$$(for p in $(1); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
+	if [ -n "$$missing" ]; then \
+	  echo "installing" $$missing; \
+	  $(SUDO) apt-get update -q && \
+	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing; \
+	fi
+endef
+
+.PHONY: help setup demo lint test unit install uninstall clean
+
+help:
+	@sed -n 's/^# //p' Makefile | head -3
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	$(call need,$(BUILD_PACKAGES) $(RUN_PACKAGES) $(LAB_PACKAGES))
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+demo: $(READY)
+	$(SUDO) $(VENV)/bin/python -m lab demo
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+test: lint
+	$(SUDO) $(VENV)/bin/python -m pytest
+
+# Only what needs neither root nor a lab.
+unit: $(READY)
+	$(VENV)/bin/python -m pytest tests/core tests/cli tests/test_api.py tests/test_config.py
+
+install:
+	$(call need,$(BUILD_PACKAGES) $(RUN_PACKAGES))
+	$(SUDO) $(PYTHON) -m venv --clear $(INSTALLED)
+	$(SUDO) $(INSTALLED)/bin/pip install -q --disable-pip-version-check .
+	$(SUDO) install -d /usr/local/sbin /usr/local/bin /usr/local/share/doc/fwd /etc/fwd
+	$(SUDO) ln -sf $(INSTALLED)/bin/fwd /usr/local/sbin/fwd
+	$(SUDO) ln -sf $(INSTALLED)/bin/fwctl /usr/local/bin/fwctl
+	$(SUDO) install -m 644 README.md ARCHITECTURE.md CHANGELOG.md systemd/fwd.toml /usr/local/share/doc/fwd/
+	@test -e /etc/fwd/fwd.toml || $(SUDO) install -m 644 systemd/fwd.toml /etc/fwd/fwd.toml
+	$(SUDO) install -D -m 644 systemd/fwd.sysusers /usr/local/lib/sysusers.d/fwd.conf
+	$(SUDO) install -D -m 644 systemd/fwd.service /etc/systemd/system/fwd.service
+	$(SUDO) systemd-sysusers /usr/local/lib/sysusers.d/fwd.conf
+	@if [ -d /run/systemd/system ]; then $(SUDO) systemctl daemon-reload; fi
+	@echo "Installed. Look at /etc/fwd/fwd.toml, then: systemctl enable --now fwd"
+
+uninstall:
+	@if [ -d /run/systemd/system ]; then $(SUDO) systemctl disable --now fwd; fi
+	$(SUDO) rm -rf $(INSTALLED) /usr/local/share/doc/fwd
+	$(SUDO) rm -f /usr/local/sbin/fwd /usr/local/bin/fwctl /usr/local/lib/sysusers.d/fwd.conf /etc/systemd/system/fwd.service
+	@if [ -d /run/systemd/system ]; then $(SUDO) systemctl daemon-reload; fi
+	@echo "Removed. /etc/fwd is left: it is yours."
+
+clean:
+	rm -rf $(VENV) build *.egg-info
