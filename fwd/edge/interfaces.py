@@ -66,8 +66,8 @@ class InterfaceWatcher:
                             event = parse_message(message)
                             if event is not None:
                                 self._deliver(event)
-            except OSError as error:
-                log.warning("interface changes were lost (%s): reading all interfaces again", error)
+            except Exception as error:  # whatever rtnetlink said: the next socket begins with a dump
+                log.warning("interface changes were lost (%r): reading all interfaces again", error)
             await asyncio.sleep(_AGAIN_S)
 
     async def _snapshot(self, route: AsyncIPRoute) -> InterfaceSnapshot:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -111,3 +113,32 @@ def test_interfaces_that_come_later_are_known_by_name(transit):
     transit.ping("sites-v4")
     (session,) = fwd.sessions(application="ipsec-esp")
     assert (session["egress_interface"], session["c2s"]["destination_zone"]) == ("late0", "untrust")
+
+
+def test_of_all_capabilities_it_needs_net_admin_only(terminated):
+    """As the unit runs it: root's identity, one capability, no way to gain more."""
+    host = terminated.hosts["fwd"]
+    host.path("/run/fwd.toml").write_text(default_config())
+    alone = ["setpriv", "--bounding-set", "-all,+net_admin", "--inh-caps", "-all", "--no-new-privs"]
+    process = host.start(
+        [*alone, str(PROGRAMS / "fwd"), "--config", "/run/fwd.toml"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    fwctl = [str(PROGRAMS / "fwctl"), "--json", "show", "tunnel"]
+
+    def tunnels():
+        asked = host.run(fwctl, check=False)
+        return json.loads(asked.stdout)["tunnels"] if asked.returncode == 0 else []
+
+    terminated.initiate("peer-v4")
+    assert len(wait_for(tunnels, "the tunnel is known")) == 1
+    assert terminated.ping("peer-v4") == 3
+    effective = re.search(r"CapEff:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
+    assert effective is not None and int(effective[1], 16) == 1 << 12  # CAP_NET_ADMIN (linux/capability.h)
+    shown = host.run(
+        [str(PROGRAMS / "fwctl"), "--json", "show", "session", "all", "filter", "application", "ipsec-udp"]
+    )
+    (session,) = json.loads(shown.stdout)["sessions"]
+    assert session["c2s"]["packets"] == 3
+    process.end()
