@@ -300,7 +300,9 @@ class Firewall:
         self.table.index(generic, [(spi_key, flow)])
         spi_keys = [key for key in generic.keys if not isinstance(key, FlowKey)]
         self.table.unindex(generic, spi_keys[:-UNKNOWN_SPI_KEYS])
-        generic.last_seen_at = max(generic.last_seen_at, session.last_seen_at)
+        if session.last_seen_at > generic.last_seen_at:
+            generic.last_seen_at = session.last_seen_at
+            generic.expires_at = self.ager.age(session.last_seen_at) + generic.refresh_s
 
     def _pair_key(self, session: Session, spi_key: Key) -> FlowKey:
         """The key of the one generic session that all unknown SPIs between two peers share in the end."""

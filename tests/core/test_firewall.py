@@ -290,6 +290,15 @@ class TestUnknownSpi:
         bench.wait(3600)
         assert not bench.sessions
 
+    def test_packets_within_the_grace_time_prolong_the_generic_session(self, bench):
+        bench.receive(esp(PEER, HERE, 5))
+        bench.wait(3500)
+        bench.receive(esp(PEER, HERE, 6))
+        bench.wait(3595)
+        assert bench.session.packet_count == 2
+        bench.wait(10)
+        assert not bench.sessions
+
     def test_news_after_the_grace_time_begin_a_session_of_their_own(self, bench):
         bench.receive(esp(PEER, HERE, SA.spi_in))
         bench.wait(5)

@@ -219,6 +219,7 @@ def test_nothing_is_left_of_one_that_was_killed_while_it_was_built(command, dela
         child.stdout.readline()
     else:
         wait_for(lambda: detached in [entry.name for entry in running()], "the lab is built")
+    child.send_signal(signal.SIGSTOP)  # so that it starts nothing that is not looked at
     pids = descendants(child.pid)
     namespaces: set[str] = set().union(*(namespaces_of(Path(f"/proc/{pid}")) for pid in pids))
     namespaces -= namespaces_of(Path("/proc/self"))
