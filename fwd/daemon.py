@@ -197,7 +197,7 @@ class Daemon:
             "kernel": platform.release(),
             "pid": os.getpid(),
             "uptime": _duration(time.monotonic() - self._firewall.started_at),
-            "configuration": str(self._config_path or (DEFAULT_PATH if DEFAULT_PATH.exists() else "built-in default")),
+            "configuration": _source(self._config_path),
             "rules": len(self._config.rules),
             "default-rule": f"{self._config.default_rule.name} ({self._config.default_rule.action})",
             "queue": plane.queue,
@@ -208,6 +208,11 @@ class Daemon:
             "tunnels": sum(1 for _ in directory),
             "sessions": f"{len(self._firewall.table)} of {self._firewall.table.capacity}",
         }
+
+
+def _source(path: Path | None) -> str:
+    """Where the configuration comes from, in words."""
+    return str(path or (DEFAULT_PATH if DEFAULT_PATH.exists() else "built-in default"))
 
 
 def _access(config: Config) -> Access:
@@ -281,7 +286,8 @@ def main(config_path: Path | None, check: bool) -> None:
     try:
         config = load(config_path)
         if check:
-            click.echo(f"{config_path or DEFAULT_PATH}: right, {len(config.rules)} rules")
+            rules = len(config.rules)
+            click.echo(f"{_source(config_path)}: right, {rules} rule{'' if rules == 1 else 's'}")
             return
         _set_up_logging(config.log.level)
         asyncio.run(_run(config, config_path))

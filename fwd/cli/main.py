@@ -24,6 +24,11 @@ _FILTERS = "\n".join(f"  {key:<19}{meaning}" for key, meaning in FILTER_KEYS.ite
 _FILTER_HELP = f"""
 
 \b
+  ... all filter application ipsec-udp state active
+  ... all filter source 198.51.100.0/24 to untrust
+  ... all filter destination-port $((0x64f66f40))     an SPI as tcpdump shows it
+
+\b
 Filter keys, any number of them (all must match):
 {_FILTERS}
 """

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from lab.sandbox import LabError
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: namespaces and strongSwan")
 
+KINDS = ("pid", "mnt", "net", "uts")
 REPOSITORY = Path(__file__).parents[2]
 
 BUILD = """
@@ -116,9 +117,54 @@ def processes() -> Iterator[Path]:
 
 def namespaces_of(process: Path) -> set[str]:
     try:
-        return {os.readlink(process / "ns" / kind) for kind in ("pid", "mnt", "net", "uts")}
+        return {os.readlink(process / "ns" / kind) for kind in KINDS}
     except OSError:  # it has ended
         return set()
+
+
+class Held:
+    """Namespaces held open: until `close` the kernel gives their numbers to no other lab, so they tell what is left."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, int] = {}
+
+    def add(self, kind: str, path: Path) -> None:
+        """Hold one, unless it is this process's own or has gone already."""
+        with suppress(OSError):
+            file = os.open(path, os.O_RDONLY)
+            name = f"{kind}:[{os.fstat(file).st_ino}]"
+            if name in self.files or name in namespaces_of(Path("/proc/self")):
+                os.close(file)
+            else:
+                self.files[name] = file
+
+    def add_process(self, process: Path) -> None:
+        """Hold all that a process is in."""
+        for kind in KINDS:
+            self.add(kind, process / "ns" / kind)
+
+    def add_lab(self, first_pid: int) -> Held:
+        """Hold those of a lab: its processes' and the network namespaces that its hosts' files stand for."""
+        own = os.readlink(f"/proc/{first_pid}/ns/pid")
+        for process in processes():
+            if own in namespaces_of(process):
+                self.add_process(process)
+        for path in Path(f"/proc/{first_pid}/root/run/netns").iterdir():
+            self.add("net", path)
+        return self
+
+    def close(self) -> None:
+        """Let them go."""
+        for file in self.files.values():
+            os.close(file)
+        self.files.clear()
+
+
+@pytest.fixture
+def held() -> Iterator[Held]:
+    namespaces = Held()
+    yield namespaces
+    namespaces.close()
 
 
 def mounts_of(process: Path) -> str:
@@ -136,17 +182,6 @@ def runs(process: Path) -> bool:
         return False
 
 
-def made_of(first_pid: int) -> set[str]:
-    """The namespaces of a lab: those its processes are in and the network namespaces its hosts' files hold."""
-    own = os.readlink(f"/proc/{first_pid}/ns/pid")
-    found: set[str] = set()
-    for process in processes():
-        if own in (spaces := namespaces_of(process)):
-            found |= spaces
-    found |= {f"net:[{path.stat().st_ino}]" for path in Path(f"/proc/{first_pid}/root/run/netns").iterdir()}
-    return found - namespaces_of(Path("/proc/self"))
-
-
 def descendants(pid: int) -> set[int]:
     found = {pid}
     with suppress(OSError):  # it has ended meanwhile
@@ -156,58 +191,59 @@ def descendants(pid: int) -> set[int]:
     return found
 
 
-def left_of(namespaces: set[str], pids: set[int]) -> list[str]:
-    """Processes still in them or that were the lab's, and mounts anywhere that still hold one of them."""
+def left_of(held: Held, pids: Iterable[int] = ()) -> list[str]:
+    """Processes still in them or that were the lab's, and mounts anywhere that still stand for one of them."""
     left = []
     for process in processes():
-        if (int(process.name) in pids and runs(process)) or namespaces_of(process) & namespaces:
+        if (int(process.name) in pids and runs(process)) or namespaces_of(process) & held.files.keys():
             left.append(f"{process} {namespaces_of(process)}")
         mounts = mounts_of(process)
-        left += [f"{process} mounts {space}" for space in namespaces if space in mounts]
+        left += [f"{process} mounts {name}" for name in held.files if name in mounts]
     return left
 
 
-def host_state() -> tuple[str, ...]:
-    """What of this machine a lab could leave a trace in."""
+def traces(name: str) -> list[str]:
+    """What of this machine a lab could leave a trace in: mounts, interfaces, named namespaces, its own file."""
     shown = subprocess.run(
-        "ip netns list; ip -o link show | cut -d: -f2; ls -A /run ~/.cache/fwd-lab; cut -d' ' -f5 /proc/self/mountinfo",
+        "ip netns list; ip -o link show | cut -d: -f2; cut -d' ' -f5 /proc/self/mountinfo",
         shell=True,
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    return tuple(sorted(shown.splitlines()))
+    return sorted([*shown.splitlines(), *map(str, FOLDER.glob(f"*{name}*")), *map(str, FOLDER.glob(f".*{name}*"))])
 
 
-def gone(namespaces: set[str], pids: set[int]) -> None:
-    wait_for(lambda: not left_of(namespaces, pids), "nothing of the lab is left", 5)
+def gone(held: Held, pids: set[int]) -> None:
+    wait_for(lambda: not left_of(held, pids), "nothing of the lab is left", 5)
 
 
 @pytest.mark.parametrize(
     ("ending", "words"), [("normal", ()), ("SIGINT", ()), ("SIGTERM", ()), ("SIGKILL", ()), ("SIGKILL", ("freeze",))]
 )
-def test_nothing_is_left_whatever_ends_it(ending, words):
+def test_nothing_is_left_whatever_ends_it(ending, words, held):
     child = python("-c", BUILD, *words)
     first_pid = int(child.stdout.readline())
-    namespaces, pids = made_of(first_pid), descendants(child.pid)
-    assert len([space for space in namespaces if space.startswith("net:")]) == 3  # the lab's own and two hosts'
+    pids = descendants(child.pid)
+    held.add_lab(first_pid)
+    assert len([name for name in held.files if name.startswith("net:")]) == 3  # the lab's own and two hosts'
     assert len(pids) > 8  # two charons, tcpdump and what is around them
     if ending != "normal":
         os.kill(child.pid, signal.Signals[ending])
     child.communicate("\n", timeout=20)
-    gone(namespaces, pids)
+    gone(held, pids)
     assert not Path(f"/proc/{first_pid}/root/run/hosts").exists()
 
 
-def test_when_close_returns_all_is_gone_already():
+def test_when_close_returns_all_is_gone_already(held):
     with Lab("terminated") as lab:
-        namespaces = made_of(lab.sandbox.first_pid)
-    assert not left_of(namespaces, set())
+        held.add_lab(lab.sandbox.first_pid)
+    assert not left_of(held)
 
 
 @pytest.mark.parametrize("delay_s", [0.1, 0.3, None])
 @pytest.mark.parametrize("command", ["build", "up"])
-def test_nothing_is_left_of_one_that_was_killed_while_it_was_built(command, delay_s, detached, tmp_path):
+def test_nothing_is_left_of_one_that_was_killed_while_it_was_built(command, delay_s, detached, tmp_path, held):
     """Wherever in the build the signal meets it: the delays only spread over it, None is as late as can be."""
     # Nobody writes to this, so `up` waits for its configuration for ever, and BUILD for its standard input.
     os.mkfifo(tmp_path / "fwd.toml")
@@ -221,18 +257,20 @@ def test_nothing_is_left_of_one_that_was_killed_while_it_was_built(command, dela
         wait_for(lambda: detached in [entry.name for entry in running()], "the lab is built")
     child.send_signal(signal.SIGSTOP)  # so that it starts nothing that is not looked at
     pids = descendants(child.pid)
-    namespaces: set[str] = set().union(*(namespaces_of(Path(f"/proc/{pid}")) for pid in pids))
-    namespaces -= namespaces_of(Path("/proc/self"))
+    for pid in pids:
+        held.add_process(Path(f"/proc/{pid}"))
     child.kill()
     child.communicate(timeout=20)
-    gone(namespaces, pids)
+    gone(held, pids)
     assert detached not in [entry.name for entry in running()]
 
 
 def test_two_labs_at_once_do_not_meet():
     with Lab("terminated") as one, Lab("terminated") as two:
-        shared = made_of(one.sandbox.first_pid) & made_of(two.sandbox.first_pid)
-        assert not shared
+        first, second = (Held().add_lab(lab.sandbox.first_pid) for lab in (one, two))
+        assert first.files and not first.files.keys() & second.files.keys()
+        first.close()
+        second.close()
         one.initiate("peer-v4")
         two.initiate("peer-v4")
         assert one.ping("peer-v4") == two.ping("peer-v4") == 3
@@ -318,7 +356,7 @@ def test_a_root_folder_that_failed_is_not_kept(tmp_path, monkeypatch):
     assert [path.name for path in root.parent.iterdir()] == ["lock"]
 
 
-def test_a_build_that_was_killed_goes_on_nowhere_and_is_made_anew(tmp_path, monkeypatch):
+def test_a_build_that_was_killed_goes_on_nowhere_and_is_made_anew(tmp_path, monkeypatch, held):
     root = fake_mmdebstrap(tmp_path, monkeypatch, f'echo made >> {tmp_path}/made; touch "$root/half"; sleep 60')
     unfinished = root.with_name("unfinished")
     child = python("-c", "from lab.strongswan import root_folder; root_folder()")
@@ -326,7 +364,7 @@ def test_a_build_that_was_killed_goes_on_nowhere_and_is_made_anew(tmp_path, monk
     pids = descendants(child.pid)
     child.kill()
     child.communicate(timeout=20)
-    gone(set(), pids)
+    gone(held, pids)
     assert not root.exists()
     (tmp_path / "bin" / "mmdebstrap").write_text('#!/bin/sh -e\nfor root; do :; done\ntouch "$root/whole"\n')
     assert [path.name for path in strongswan.root_folder().iterdir()] == ["whole"]
@@ -343,11 +381,11 @@ def test_a_missing_mmdebstrap_is_named_with_what_to_do(tmp_path, monkeypatch):
 # --- the command line -----------------------------------------------------------------------------------------------
 
 
-def test_up_list_shell_down(detached):
-    before = host_state()
+def test_up_list_shell_down(detached, held):
+    before = traces(detached)
     assert "tunnels are up" in lab_command("up", "terminated", "--name", detached)
     entry = find(detached)
-    namespaces = made_of(entry.first_pid)
+    held.add_lab(entry.first_pid)
     assert f"runs: {detached} (topology terminated; hosts fwd, peer" in lab_command("list")
 
     tunnels = json.loads(lab_command("shell", detached, "fwd", "fwctl", "--json", "show", "tunnel"))["tunnels"]
@@ -360,18 +398,18 @@ def test_up_list_shell_down(detached):
     assert find(detached) == entry
 
     assert "is gone" in lab_command("down", detached)
-    assert not left_of(namespaces, set())
+    assert not left_of(held)
     assert f"no lab {detached} runs" in lab_command("down", detached, status=1)
-    assert host_state() == before
+    assert traces(detached) == before
 
 
 def test_up_that_fails_leaves_nothing(detached, tmp_path):
-    before = host_state()
+    before = traces(detached)
     config = tmp_path / "fwd.toml"
     config.write_text("[no-such-key]\n")
     assert "no-such-key" in lab_command("up", "transit", "--name", detached, "--config", str(config), status=1)
     assert detached not in [entry.name for entry in running()]
-    assert host_state() == before
+    assert traces(detached) == before
 
 
 def test_a_recycled_pid_is_never_killed(detached):

