@@ -149,7 +149,10 @@ class ControlServer:
                 await self._serve(reader, writer)
         finally:
             self._clients.discard(task)
-            writer.transport.abort() if task.cancelling() else writer.close()
+            if writer.transport.get_write_buffer_size():
+                writer.transport.abort()  # a close would wait for a reader that does not read
+            else:
+                writer.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.transport.set_write_buffer_limits(high=0)

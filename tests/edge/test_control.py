@@ -1,6 +1,7 @@
 """The control socket against clients that mean no good."""
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -52,6 +53,12 @@ async def ask(path, *lines):
     writer.close()
     await writer.wait_closed()
     return answers
+
+
+def _is_socket_of(fd, path):
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(fd))) as held:
+        return held.family == socket.AF_UNIX and held.getsockname() == str(path)
+    return False
 
 
 def request(method, params=None, identity=1):
@@ -133,10 +140,12 @@ def test_a_client_that_does_not_read_is_hung_up_on_and_stalls_nobody(tmp_path, m
         quick = asyncio.get_running_loop().time() - started
         while server._clients:
             await asyncio.sleep(0.01)
+        left = [task for task in os.listdir("/proc/self/fd") if _is_socket_of(task, path)]
         lazy.close()
-        return quick
+        return quick, len(left)
 
-    assert serve(tmp_path, work) < 0.25
+    quick, left = serve(tmp_path, work)
+    assert quick < 0.25 and left == 1  # only the listening socket: nothing waits for a reader that never comes
 
 
 def test_a_silent_client_is_hung_up_on(tmp_path, monkeypatch):

@@ -211,7 +211,7 @@ def traces(name: str) -> list[str]:
         text=True,
         check=True,
     ).stdout
-    return sorted([*shown.splitlines(), *map(str, FOLDER.glob(f"*{name}*")), *map(str, FOLDER.glob(f".*{name}*"))])
+    return sorted([*shown.splitlines(), *map(str, FOLDER.glob(f"*{name}*"))])
 
 
 def gone(held: Held, pids: set[int]) -> None:
