@@ -77,7 +77,7 @@ class Daemon:
             self._loop.add_reader(fd, self._packets)
             stack.callback(self._loop.remove_reader, fd)
             stack.callback(self._drain)
-            stack.callback(self._ruleset.remove)
+            stack.callback(Ruleset.remove)
             log.info("rules installed: %s", self._ruleset.install())
             stack.callback(self._vici.stop)
             self._vici.start()
@@ -271,12 +271,14 @@ def _set_up_logging(level: str) -> None:
     " in zone 'any', one rule 'any-any' that allows.",
 )
 @click.option("--check", is_flag=True, help="Only check the configuration: exit status 0, or 1 and why.")
+@click.option("--remove-rules", is_flag=True, help="Only take out the netfilter rules that a killed fwd left behind.")
 @click.version_option(__version__, prog_name="fwd")
-def main(config_path: Path | None, check: bool) -> None:
+def main(config_path: Path | None, check: bool, remove_rules: bool) -> None:
     """The IPsec firewall daemon: decides on ESP, IKE and NAT-T packets and keeps their session table.
 
     It needs CAP_NET_ADMIN. It puts its own netfilter rules in place when it starts and takes them out when it is
-    stopped (SIGTERM). SIGHUP reads the configuration again, whole or not at all. Ask it with fwctl.
+    stopped (SIGTERM); those of a killed fwd stay, so that fail-closed means closed. SIGHUP reads the configuration
+    again, whole or not at all. Ask it with fwctl.
 
     \b
       fwd --check --config my.toml     is this file right?
@@ -284,6 +286,9 @@ def main(config_path: Path | None, check: bool) -> None:
       fwctl show session all           then, from another terminal
     """
     try:
+        if remove_rules:
+            Ruleset.remove()
+            return
         config = load(config_path)
         if check:
             rules = len(config.rules)

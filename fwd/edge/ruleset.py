@@ -42,7 +42,7 @@ class Ruleset:
     def __init__(self, queue: int, fail_open: bool) -> None:
         self.queue = queue
         self.fail_open = fail_open
-        #: What was chosen, in words; empty while nothing is installed.
+        #: What was chosen, in words; empty before the first installation.
         self.backend = ""
 
     def install(self) -> str:
@@ -55,7 +55,7 @@ class Ruleset:
         except _ProgramFailed as error:
             refusal = str(error)
         else:
-            self._remove_iptables()
+            _remove_iptables()
             self.backend = "nft queue"
             return self.backend
         installed, failed = [], []
@@ -71,17 +71,17 @@ class Ruleset:
                 "cannot install netfilter rules: run as root or with CAP_NET_ADMIN, and install nftables or iptables;"
                 f" nft said: {refusal}; iptables said: {'; '.join(failed)}"
             )
-        self._remove_nft()
+        _remove_nft()
         self.backend = f"{', '.join(installed)} with NFQUEUE; nft cannot queue here: {refusal}"
         if failed:
             self.backend += f"; left out: {'; '.join(failed)}"
         return self.backend
 
-    def remove(self) -> None:
-        """Take the rules out, whoever left them; where there are none this does nothing."""
-        self._remove_nft()
-        self._remove_iptables()
-        self.backend = ""
+    @staticmethod
+    def remove() -> None:
+        """Take the rules out, whichever fwd left them; where there are none this does nothing."""
+        _remove_nft()
+        _remove_iptables()
 
     def _nft(self) -> str:
         queue = f"counter queue num {self.queue}{' bypass' if self.fail_open else ''}"
@@ -97,10 +97,6 @@ class Ruleset:
         )
         # Naming the table first makes the deletion succeed whether or not there was one.
         return f"table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n{chains}\n}}\n"
-
-    def _remove_nft(self) -> None:
-        with contextlib.suppress(_ProgramFailed):  # no nft, no table
-            _run(["nft", "-f", "-"], f"table inet {TABLE}\ndelete table inet {TABLE}\n")
 
     def _install_iptables(self, programs: Sequence[str]) -> str:
         """Install one family's rules with the first program that can; gives its name."""
@@ -124,20 +120,26 @@ class Ruleset:
                 refusal = error
         raise refusal
 
-    def _remove_iptables(self) -> None:
-        for _, programs in _FAMILIES:
-            for program in programs:
-                try:
-                    present = _run([program, "-w", "-t", "mangle", "-S"]).splitlines()
-                    rules = []
-                    for hook in _HOOKS:
-                        if f"-N FWD-{hook}" in present:
-                            jumps = present.count(f"-A {hook} -j FWD-{hook}")
-                            rules += [f"-D {hook} -j FWD-{hook}"] * jumps + [f"-F FWD-{hook}", f"-X FWD-{hook}"]
-                    if rules:
-                        _run([f"{program}-restore", "-w", "--noflush"], "\n".join(["*mangle", *rules, "COMMIT", ""]))
-                except _ProgramFailed:
-                    pass  # not this program's rules
+
+def _remove_nft() -> None:
+    with contextlib.suppress(_ProgramFailed):  # no nft, no table
+        _run(["nft", "-f", "-"], f"table inet {TABLE}\ndelete table inet {TABLE}\n")
+
+
+def _remove_iptables() -> None:
+    for _, programs in _FAMILIES:
+        for program in programs:
+            try:
+                present = _run([program, "-w", "-t", "mangle", "-S"]).splitlines()
+                rules = []
+                for hook in _HOOKS:
+                    if f"-N FWD-{hook}" in present:
+                        jumps = present.count(f"-A {hook} -j FWD-{hook}")
+                        rules += [f"-D {hook} -j FWD-{hook}"] * jumps + [f"-F FWD-{hook}", f"-X FWD-{hook}"]
+                if rules:
+                    _run([f"{program}-restore", "-w", "--noflush"], "\n".join(["*mangle", *rules, "COMMIT", ""]))
+            except _ProgramFailed:
+                pass  # not this program's rules
 
 
 def _run(command: Sequence[str], stdin: str = "") -> str:

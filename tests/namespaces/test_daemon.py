@@ -142,3 +142,12 @@ def test_of_all_capabilities_it_needs_net_admin_only(terminated):
     (session,) = json.loads(shown.stdout)["sessions"]
     assert session["c2s"]["packets"] == 3
     process.end()
+
+
+def test_rules_of_a_killed_daemon_can_be_taken_out_without_starting_one(transit):
+    host = transit.hosts["fwd"]
+    transit.initiate("sites-v4")
+    transit.start_fwd(default_config() + '[dataplane]\nfail = "closed"\n').kill()
+    assert transit.ping("sites-v4", count=2) == 0
+    host.run([str(PROGRAMS / "fwd"), "--remove-rules"])
+    assert transit.ping("sites-v4", count=2) == 2
