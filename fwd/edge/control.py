@@ -148,11 +148,13 @@ class ControlServer:
             with contextlib.suppress(OSError, TimeoutError, asyncio.CancelledError):
                 await self._serve(reader, writer)
         finally:
-            self._clients.discard(task)
             if writer.transport.get_write_buffer_size():
                 writer.transport.abort()  # a close would wait for a reader that does not read
             else:
                 writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()  # a client is counted as long as its socket is open
+            self._clients.discard(task)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.transport.set_write_buffer_limits(high=0)
