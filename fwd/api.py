@@ -6,7 +6,7 @@ No I/O: the methods work on the core alone, so they are tested without a socket.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Annotated, Any, TypeAlias
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .config import explain
 from .core.counters import COUNTERS
 from .core.firewall import Firewall
-from .core.session import Application, Endpoint, Flow, Session, SessionType
+from .core.session import Application, Endpoint, Flow, Place, Session, SessionType
 from .core.session_filter import FilterError, Predicate, build_filter
 from .core.state import State
 from .rpc import INVALID_PARAMS, METHOD_NOT_FOUND, NO_SUCH_SESSION, RpcError
@@ -64,7 +64,10 @@ class Method:
 
 
 class Api:
-    """The methods by name. `now` gives monotonic seconds; `host` what only the daemon knows of itself."""
+    """The methods by name. `now` gives monotonic seconds; `host` what only the daemon knows of itself.
+
+    `sync` brings the global counters up to date, `refresh` the counts of sessions that are about to be shown.
+    """
 
     def __init__(
         self,
@@ -73,12 +76,14 @@ class Api:
         vici_socket: str,
         host: Callable[[], Mapping[str, object]],
         sync: Callable[[], None],
+        refresh: Callable[[Iterable[Session]], None],
     ) -> None:
         self._firewall = firewall
         self._now = now
         self._vici_socket = vici_socket
         self._host = host
         self._sync = sync
+        self._refresh = refresh
         self.methods: Mapping[str, Method] = {
             "session.list": Method("read", _Page, self._session_list),
             "session.count": Method("read", _Filtered, self._session_count),
@@ -116,19 +121,24 @@ class Api:
 
     def _session_list(self, params: _Page) -> JSON:
         matches = self._matching(params.filter)
-        page: list[JSON] = []
+        page: list[Session] = []
+        following = None
         for session in sorted(self._firewall.table, key=lambda session: session.id):
             if session.id > params.after and matches(session):
                 if len(page) == params.limit:
-                    return {"sessions": page, "next": page[-1]["id"]}
-                page.append(self._view(session))
-        return {"sessions": page, "next": None}
+                    following = page[-1].id
+                    break
+                page.append(session)
+        self._refresh(page)
+        return {"sessions": [self._view(session) for session in page], "next": following}
 
     def _session_count(self, params: _Filtered) -> JSON:
         return {"count": sum(map(self._matching(params.filter), self._firewall.table))}
 
     def _session_get(self, params: _One) -> JSON:
-        return self._view(self._found(params.id, self._firewall.table.find(params.id)))
+        session = self._found(params.id, self._firewall.table.find(params.id))
+        self._refresh([session])
+        return self._view(session)
 
     def _session_clear(self, params: _Clear) -> JSON:
         if (params.id is None) == (params.filter is None):
@@ -137,9 +147,7 @@ class Api:
             chosen = [self._found(params.id, self._firewall.table.live(params.id))]
         else:
             chosen = list(filter(self._matching(params.filter or {}), self._firewall.table))
-        now = self._now()
-        for session in chosen:
-            self._firewall.clear(session, now)
+        self._firewall.clear(chosen, self._now())
         return {"cleared": len(chosen)}
 
     def _found(self, session_id: int, session: Session | None) -> Session:
@@ -174,13 +182,14 @@ class Api:
     def _ipsec_view(self, session: Session, now: float) -> JSON:
         sa = session.sas[-1] if session.sas else None
         return {
-            "spis_seen": {"c2s": list(session.c2s.spis), "s2c": list(session.s2c.spis)},
+            "spis_seen": {"c2s": session.c2s.spis, "s2c": session.s2c.spis},
             "child_sa": sa and sa.child_name,
             "ike_sa": sa and sa.ike_name,
             "local_id": sa and sa.local_id,
             "remote_id": sa and sa.remote_id,
             "reqid": sa and sa.reqid,
             "rekeys": session.rekeys if sa else None,
+            "spis_in_kernel": sum(element.place is Place.KERNEL for element in session.elements),
             "nat_t_ports": session.udp_ports,
             "sa_stale_s": sa and self._firewall.directory.stale_s(sa, now),
         }

@@ -49,6 +49,8 @@ class Dataplane(Section):
     queue: int = Field(default=20, ge=0, le=65535)
     queue_length: int = Field(default=4096, ge=16, le=65536)
     fail: Literal["open", "closed"] = "open"
+    fast_path: Literal["auto", "off"] = "auto"
+    backend: Literal["auto", "nft", "nft-xt", "iptables-mark", "iptables"] = "auto"
     max_sessions: int = Field(default=65536, ge=16, le=1_000_000)
     keep_ended: int = Field(default=4096, ge=0, le=1_000_000)
     keep_ended_time: Seconds = 300
@@ -84,6 +86,7 @@ class RuleSection(Section):
     application: list[Literal["ipsec-esp", "ipsec-udp", "ipsec-esp-udp", "ike", "any"]] = ["any"]
     action: Literal["allow", "deny"]
     log_at_end: bool = True
+    inspect: Literal["first-packet", "every-packet"] = "first-packet"
 
     @model_validator(mode="after")
     def _prefixes_parse(self) -> RuleSection:
@@ -102,6 +105,7 @@ class RuleSection(Section):
             _prefixes(self.source, "source"),
             _prefixes(self.destination, "destination"),
             _unless_any(self.application),
+            self.inspect == "every-packet",
         )
 
 
@@ -191,6 +195,7 @@ class Config(Section):
         return {
             "dataplane.queue": self.dataplane.queue,
             "dataplane.queue-length": self.dataplane.queue_length,
+            "dataplane.backend": self.dataplane.backend,
             "vici.socket": self.vici.socket,
             "control.socket": self.control.socket,
         }

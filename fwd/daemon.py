@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import click
@@ -24,21 +24,27 @@ from . import __version__
 from .api import Api
 from .config import DEFAULT_PATH, Config, ConfigError, load
 from .core.events import Event, SessionCreated, SessionEnded, SessionRekeyed
+from .core.fast_path import Outcome
 from .core.firewall import Firewall, Verdict
 from .core.interfaces import InterfaceEvent
 from .core.sa import SaEvent, SaSnapshot, SaSourceLost
+from .core.session import Session
 from .edge import systemd
 from .edge.control import Access, ControlError, ControlServer
 from .edge.interfaces import InterfaceWatcher
+from .edge.kernel_path import KernelPath
 from .edge.nfqueue import PacketQueue, QueueError
 from .edge.queue_stats import kernel_queue_stats
-from .edge.ruleset import Ruleset, RulesetError
+from .edge.ruleset import Backend, Ruleset, RulesetError
 from .edge.vici import ViciListener
 
 log = logging.getLogger("fwd")
 
 #: Packets handled before the loop serves everything else: about a millisecond's worth.
 PACKETS_PER_TURN = 128
+
+#: How often fwd looks whether its rules are still there, in seconds.
+GUARD_INTERVAL_S = 2.0
 
 #: How long a clean stop goes on handing back packets that wait in the queue, in seconds.
 DRAIN_S = 1.0
@@ -52,16 +58,28 @@ class Daemon:
         self._config_path = config_path
         self._firewall = Firewall(config.settings(), time.monotonic())
         plane = config.dataplane
-        self._queue = PacketQueue(plane.queue, plane.queue_length, self._decide, self._firewall.drop_unhandled)
-        self._ruleset = Ruleset(plane.queue, plane.fail == "open")
+        self._queue = PacketQueue(
+            plane.queue,
+            plane.queue_length,
+            self._decide,
+            self._firewall.drop_unhandled,
+            self._firewall.fast_path.pending,
+            self._serve_kernel,
+        )
+        wanted = None if plane.backend == "auto" else Backend(plane.backend)
+        self._ruleset = Ruleset(plane.queue, plane.fail == "open", self._firewall.fast_path.capacity, wanted)
+        self._kernel: KernelPath | None = None
         self._interfaces = InterfaceWatcher(self._interface_event)
         self._vici = ViciListener(config.vici.socket, self._sa_event_from_thread)
-        self._api = Api(self._firewall, time.monotonic, config.vici.socket, self._host, self._take_edge_counts)
+        self._api = Api(
+            self._firewall, time.monotonic, config.vici.socket, self._host, self._take_edge_counts, self._refresh
+        )
         self._control = ControlServer(
             Path(config.control.socket), self._control_request, self._api.rights, _access(config)
         )
         self._timer: asyncio.TimerHandle | None = None
         self._stop = asyncio.Event()
+        self._is_handing_over = False
         self._loop = asyncio.get_running_loop()
 
     async def run(self) -> None:
@@ -74,16 +92,18 @@ class Daemon:
             watcher = asyncio.create_task(self._interfaces.run())
             stack.callback(watcher.cancel)
             await self._interfaces.ready.wait()
+            stack.callback(self._leave)
+            log.info("rules installed: %s", self._ruleset.install())
+            self._start_fast_path()
             self._loop.add_reader(fd, self._packets)
             stack.callback(self._loop.remove_reader, fd)
-            stack.callback(self._drain)
-            stack.callback(Ruleset.remove)
-            log.info("rules installed: %s", self._ruleset.install())
             stack.callback(self._vici.stop)
             self._vici.start()
             self._loop.add_signal_handler(signal.SIGHUP, self._reload)
+            self._loop.add_signal_handler(signal.SIGUSR1, self._hand_over_and_stop)
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._loop.add_signal_handler(number, self._stop.set)
+            stack.callback(asyncio.create_task(self._guard_rules()).cancel)
             self._run_timer()
             if (interval := systemd.watchdog_interval_s()) is not None:
                 stack.callback(asyncio.create_task(self._feed_watchdog(interval)).cancel)
@@ -97,6 +117,29 @@ class Daemon:
 
     def _decide(self, octets: bytes, hook: int, indev: int, outdev: int) -> Verdict:
         return self._firewall.receive_packet(octets, hook, indev, outdev, time.monotonic())
+
+    def _start_fast_path(self) -> None:
+        """Go on where a former daemon stopped, if its decisions are still in the kernel."""
+        if self._ruleset.backend is None or not self._ruleset.backend.has_maps:
+            return
+        self._kernel = KernelPath()
+        found = self._kernel.find_all() if self._ruleset.kept_maps else []
+        self._kernel.remove(self._firewall.adopt(found, time.monotonic()))
+        if found:
+            sessions = len(self._firewall.table)
+            log.info("took over %d sessions, %d SPIs, from a former fwd", sessions, len(found))
+        self._firewall.use_fast_path(self._config.dataplane.fast_path == "auto")
+        self._serve_kernel()
+
+    def _serve_kernel(self) -> None:
+        """Let the kernel do what the core wants of it."""
+        while self._kernel is not None and (work := self._firewall.take_work()) is not None:
+            try:
+                outcome = self._kernel.carry_out(work)
+            except OSError as error:
+                log.error("the kernel's fast path does not answer: %s", error)
+                outcome = Outcome({}, {}, False)
+            self._firewall.apply_outcome(work, outcome, time.monotonic())
 
     def _packets(self) -> None:
         self._queue.turn(PACKETS_PER_TURN)
@@ -130,6 +173,7 @@ class Daemon:
 
     def _after_turn(self) -> None:
         """Tell what happened, and be called again when the core wants it."""
+        self._serve_kernel()
         while (event := self._firewall.next_event()) is not None:
             _log_event(event)
         deadline = self._firewall.next_deadline()
@@ -145,6 +189,17 @@ class Daemon:
             systemd.notify("WATCHDOG=1", f"STATUS={self._summary()}")
             await asyncio.sleep(interval_s)
 
+    async def _guard_rules(self) -> None:
+        """Put fwd's rules back should anybody flush them: `nft flush ruleset` is common in start scripts."""
+        while True:
+            await asyncio.sleep(GUARD_INTERVAL_S)
+            try:
+                if not self._ruleset.is_in_place():
+                    log.error("somebody removed the rules of fwd; installed again: %s", self._ruleset.install())
+                    self._firewall.counters.add("rules_restored")
+            except RulesetError as error:
+                log.error("somebody removed the rules of fwd: %s", error)
+
     def _reload(self) -> None:
         """Read the configuration again, whole or not at all."""
         systemd.reloading()
@@ -155,28 +210,50 @@ class Daemon:
             if fixed:
                 raise ConfigError(f"{', '.join(fixed)}: only a restart changes this; nothing was changed")
             if config.dataplane.fail != self._config.dataplane.fail:
-                ruleset = Ruleset(config.dataplane.queue, config.dataplane.fail == "open")
-                log.info("rules installed: %s", ruleset.install())
-                self._ruleset.fail_open = ruleset.fail_open
+                log.info("rules installed: %s", self._ruleset.change(config.dataplane.fail == "open"))
         except (ConfigError, RulesetError) as error:
             for line in str(error).splitlines():
                 log.error("not reloaded: %s", line)
         else:
             self._config = config
             self._firewall.reconfigure(config.settings())
+            if self._kernel is not None:
+                self._firewall.use_fast_path(config.dataplane.fast_path == "auto")
             self._control.access = _access(config)
             logging.getLogger().setLevel(config.log.level.upper())
             log.info("reloaded: %d rules", len(config.rules))
         systemd.notify("READY=1", f"STATUS={self._summary()}")
 
-    def _drain(self) -> None:
-        """Hand back what still waits in the queue: the rules are gone, so it ends soon."""
+    def _hand_over_and_stop(self) -> None:
+        self._is_handing_over = True
+        self._stop.set()
+
+    def _leave(self) -> None:
+        """Take the rules out, or leave all in order for a successor; and hand back what waits in the queue."""
+        if not self._is_handing_over:
+            Ruleset.remove()
         deadline = time.monotonic() + DRAIN_S
-        while self._queue.turn(PACKETS_PER_TURN) and time.monotonic() < deadline:
-            pass
+        is_done = False
+        while not is_done and time.monotonic() < deadline:
+            is_done = not self._queue.turn(PACKETS_PER_TURN)
+            self._serve_kernel()
+            if self._is_handing_over and (carriers := self._firewall.hand_over()):
+                is_done = False
+                self._serve_kernel()
+                self._firewall.finish_hand_over(carriers, time.monotonic())
+                self._serve_kernel()
+        if self._kernel is not None:
+            self._kernel.close()
+
+    def _refresh(self, sessions: Iterable[Session]) -> None:
+        """Bring what the kernel counted for these sessions."""
+        self._firewall.fast_path.read_sessions(sessions)
+        self._serve_kernel()
 
     def _take_edge_counts(self) -> None:
-        """Bring what the edges count to the global counters."""
+        """Bring what the edges and the kernel count to the global counters."""
+        self._firewall.fast_path.read_oldest()
+        self._serve_kernel()
         values = self._firewall.counters.values
         values["queue_overrun"] = self._queue.overruns
         values["control_request"], values["control_refused"] = self._control.requests, self._control.refused
@@ -187,6 +264,14 @@ class Daemon:
     def _summary(self) -> str:
         vici = "charon connected" if self._firewall.directory.is_fresh else "charon away"
         return f"{len(self._firewall.table)} sessions, {vici}"
+
+    def _fast_path_in_words(self) -> str:
+        path = self._firewall.fast_path
+        if self._kernel is None:
+            return "none: all packets pass through the daemon (see queue-rules)"
+        if not path.is_on:
+            return "off by configuration"
+        return f"{path.in_kernel} SPIs in the kernel, room for {path.capacity}"
 
     def _host(self) -> Mapping[str, object]:
         directory, plane = self._firewall.directory, self._config.dataplane
@@ -202,7 +287,8 @@ class Daemon:
             "default-rule": f"{self._config.default_rule.name} ({self._config.default_rule.action})",
             "queue": plane.queue,
             "queue-waiting": stats.waiting if stats else 0,
-            "queue-rules": self._ruleset.backend,
+            "queue-rules": self._ruleset.description,
+            "fast-path": self._fast_path_in_words(),
             "without-fwd": "packets pass (fail-open)" if plane.fail == "open" else "packets are dropped (fail-closed)",
             "strongswan": "connected" if directory.is_fresh else f"away: {directory.lost_reason}",
             "tunnels": sum(1 for _ in directory),

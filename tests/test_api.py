@@ -23,7 +23,14 @@ def bench():
 
 @pytest.fixture
 def api(bench):
-    return Api(bench.firewall, lambda: bench.now, "/run/charon.vici", lambda: {"hostname": "here"}, lambda: None)
+    return Api(
+        bench.firewall,
+        lambda: bench.now,
+        "/run/charon.vici",
+        lambda: {"hostname": "here"},
+        lambda: None,
+        lambda _: None,
+    )
 
 
 def ids(api, **words):

@@ -131,6 +131,7 @@ def _ipsec_values(session: Mapping[str, Any]) -> Iterable[tuple[str, object]]:
         yield "NAT-T UDP ports (c2s)", " to ".join(map(str, ipsec["nat_t_ports"]))
     for name, spis in ipsec["spis_seen"].items():
         yield f"SPIs seen on the wire ({name})", ", ".join(map(spi, spis)) or "none yet"
+    yield "SPIs on the kernel's fast path", ipsec["spis_in_kernel"]
 
 
 def spi(number: int) -> str:

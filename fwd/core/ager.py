@@ -49,6 +49,10 @@ class Ager:
             if len(self._heap) > 2 * len(self._table) + 4096:
                 self._compact()
 
+    def resume(self, session: Session) -> None:
+        """A session that was due is not, after all: its `expires_at` says when it will be."""
+        self._push(session)
+
     def due(self, now: float) -> Iterator[Session]:
         """The sessions whose time is up; those left over by the bound on work come with the next turn."""
         age = self.age(now) + _TICK_S  # a turn at `next_deadline` finds what it was meant for

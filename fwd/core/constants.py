@@ -38,3 +38,21 @@ UNKNOWN_SPI_KEYS: Final = 32
 
 #: How often the counters are sampled for their rates.
 SAMPLE_INTERVAL_S: Final = 1.0
+
+#: SPIs of one session that are repeated without a look at the rules, all interfaces and addresses taken together.
+ELEMENTS_PER_SESSION: Final = 1024
+
+#: An element that saw no packet for so long is given up: SPIs change, and the next packet brings it back.
+ELEMENT_IDLE_S: Final = 300.0
+
+#: The kernel's counts are looked at so often, in seconds; this many in one go, which takes some 2 ms, and then the
+#: packets in the queue have their turn for at least so long.
+SWEEP_INTERVAL_S: Final = 1.0
+SWEEP_SLICE: Final = 256
+SWEEP_PAUSE_S: Final = 0.02
+
+#: Counts that the kernel is asked for while somebody waits for an answer; any others are up to a sweep old.
+READS_PER_REQUEST: Final = 1024
+
+#: Sessions that an operator's `clear` ends in one go, so that packets do not wait for all of them.
+CLEAR_SLICE: Final = 256

@@ -36,7 +36,8 @@ _MALFORMATIONS: Final = {
 }
 
 COUNTERS: Final[tuple[Counter, ...]] = (
-    Counter("pkt_recv", "info", "packet", "pktproc", "Packets received from the kernel queue"),
+    Counter("pkt_recv", "info", "packet", "pktproc", "Packets received, those of the fast path included"),
+    Counter("pkt_fast_path", "info", "packet", "offload", "Packets of these that the kernel decided on by itself"),
     Counter("pkt_session", "info", "packet", "pktproc", "Packets counted in a session"),
     Counter("byte_session", "info", "packet", "pktproc", "Bytes of the packets counted in a session"),
     *(Counter(f"flow_parse_{reason}", "drop", "flow", "parse", text) for reason, text in _MALFORMATIONS.items()),
@@ -46,6 +47,9 @@ COUNTERS: Final[tuple[Counter, ...]] = (
     Counter("queue_kernel_drop", "drop", "queue", "resource", "Packets the kernel dropped: queue was full"),
     Counter("queue_socket_drop", "drop", "queue", "resource", "Packets the kernel dropped: socket was full"),
     Counter("queue_overrun", "warn", "queue", "resource", "Times the queue's socket buffer overran"),
+    Counter("fast_path_full", "warn", "flow", "offload", "Decisions not repeated: too many SPIs at once"),
+    Counter("fast_path_refused", "warn", "flow", "offload", "Decisions that the kernel would not take over"),
+    Counter("fast_path_lost", "warn", "flow", "offload", "Decisions that vanished from the kernel, with their counts"),
     Counter("session_allocated", "info", "session", "resource", "Sessions allocated"),
     Counter("session_predicted", "info", "session", "session", "Sessions announced by the IKE daemon"),
     Counter("session_promoted", "info", "session", "session", "Announced sessions that got their first packet"),
@@ -62,6 +66,7 @@ COUNTERS: Final[tuple[Counter, ...]] = (
     Counter("sa_snapshot", "info", "tunnel", "ike", "Times all CHILD_SAs were read from the IKE daemon"),
     Counter("sa_source_lost", "warn", "tunnel", "ike", "Times the IKE daemon stopped answering"),
     Counter("sa_spi_conflict", "warn", "tunnel", "ike", "CHILD_SAs without a session: their SPI is another one's"),
+    Counter("rules_restored", "warn", "queue", "resource", "Times the netfilter rules were gone and put back"),
     Counter("control_request", "info", "mgmt", "control", "Requests on the control socket"),
     Counter("control_refused", "warn", "mgmt", "control", "Requests and clients refused on the control socket"),
 )

@@ -1,27 +1,30 @@
 """The dataplane without its I/O: packets, SA events and the time go in; verdicts and events come out.
 
     verdict = firewall.receive_packet(octets, hook, indev, outdev, now)
+    while (work := firewall.take_work()):    # what the kernel is to do before that verdict is given
+        firewall.apply_outcome(work, outcome, now)
     firewall.apply_sa(event, now)            # what the IKE daemon said
     firewall.apply_interface(event, now)     # what the kernel said
     firewall.handle_timer(now)               # at firewall.next_deadline() at the latest
     while (event := firewall.next_event()):  # what there is to tell
 
-Every packet gets exactly one verdict, and is counted in exactly one place: a flow (`_account`) or a drop
-counter (`_drop`).
+Every packet gets exactly one verdict, and is counted in exactly one place: a flow (`_account`, or `_repeat` where the
+decision stands already, or `_credit` where the kernel repeated it) or a drop counter (`_drop`).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum, IntEnum
 
 from .ager import Ager
-from .constants import SA_LINGER_S, UNKNOWN_SPI_KEYS
+from .constants import CLEAR_SLICE, ELEMENT_IDLE_S, SA_LINGER_S, UNKNOWN_SPI_KEYS
 from .counters import Counters
 from .events import Event, SessionCreated, SessionDiscarded, SessionEnded, SessionPromoted, SessionRekeyed
+from .fast_path import FastPath, Found, Outcome, Reading, Work
 from .interfaces import InterfaceEvent, InterfaceTable
-from .packet import Packet, PacketError, parse
+from .packet import Packet, PacketError, length_of, outer_of, packet_of, parse
 from .policy import Action, Rule
 from .sa import (
     ChildSa,
@@ -36,7 +39,19 @@ from .sa import (
     SpiKey,
     TunnelKey,
 )
-from .session import GENERIC_APPLICATION, Application, Endpoint, Flow, FlowKey, Session, SessionType
+from .session import (
+    GENERIC_APPLICATION,
+    Application,
+    Element,
+    ElementKey,
+    Endpoint,
+    Flow,
+    FlowKey,
+    Place,
+    Session,
+    SessionType,
+    port_of,
+)
 from .settings import Settings, UnknownSpi
 from .state import EndReason, State, Trigger
 from .table import Entry, Key, SessionTable, TableFull
@@ -82,11 +97,14 @@ class Firewall:
         self.counters = Counters(now)
         self.directory = SaDirectory()
         self.interfaces = InterfaceTable()
+        self.fast_path = FastPath(2 * settings.max_sessions)  # one element each way is what most sessions need
         self.started_at = now
         self._tunnels: dict[TunnelKey, Session] = {}
         self._lingering: deque[tuple[float, Session, ChildSa]] = deque()
         self._zone_of_index: dict[int, str] = {}
         self._events: deque[Event] = deque()
+        self._to_clear: deque[Session] = deque()
+        self._asked: list[Session] = []
 
     # --- what goes in --------------------------------------------------------------------------------
 
@@ -95,7 +113,10 @@ class Firewall:
 
         A copy cut short after the headers will do. Never raises for what the bytes contain.
         """
-        self.counters.add("pkt_recv")
+        self.counters.values["pkt_recv"] += 1
+        outer = outer_of(octets)
+        if outer and (element := self.fast_path.lookup((indev, outdev, outer))) is not None:
+            return self._repeat(element, length_of(octets), now)
         try:
             packet = parse(octets)
         except PacketError as error:
@@ -113,7 +134,12 @@ class Firewall:
         if session.state is State.OPENING:
             zone = self._zone(ingress)
             self._promote(session, self.interfaces.name_of(ingress), zone, now)
-        return self._account(session, flow, packet, now)
+        verdict = self._account(session, flow, packet, now)
+        if packet.spi is not None and session.is_decided:
+            first = (1, packet.length)
+            if not self.fast_path.learn((indev, outdev, packet.outer), session, flow, first, now):
+                self.counters.add("fast_path_full")
+        return verdict
 
     def drop_unhandled(self) -> Verdict:
         """The verdict on a packet that `receive_packet` raised for: a defect of fwd, counted as such."""
@@ -136,18 +162,31 @@ class Firewall:
     def apply_interface(self, event: InterfaceEvent) -> None:
         """Learn of interfaces and addresses of this host."""
         self.interfaces.apply(event)
-        self._zone_of_index.clear()
+        self._zones_changed()
 
     def reconfigure(self, settings: Settings) -> None:
         """Take new settings for all sessions to come; those that exist keep their rule and timeout."""
         self.settings = settings
         self.table.capacity = settings.max_sessions
         self.table.keep_ended = settings.keep_ended
-        self._zone_of_index.clear()
+        self._zones_changed()
 
-    def clear(self, session: Session, now: float) -> None:
-        """End a live session on an operator's word. A tunnel that is still up gets a new one at once."""
-        self._end(session, EndReason.CLEARED, now)
+    def use_fast_path(self, is_on: bool) -> None:
+        """Whether the kernel is to repeat decisions. Off: it forgets those that it has, bit by bit."""
+        self.fast_path.is_on = is_on
+        if not is_on:
+            self.fast_path.retire(element for element in self.fast_path if element.place is Place.KERNEL)
+        else:  # their next packet hands them on
+            self.fast_path.withdraw(element for element in self.fast_path if element.place is Place.DAEMON)
+
+    def clear(self, sessions: Sequence[Session], now: float) -> None:
+        """End live sessions on an operator's word, the first CLEAR_SLICE of them now and the others soon.
+
+        A tunnel that is still up gets a new session at once.
+        """
+        for session in sessions[:CLEAR_SLICE]:
+            self._end(session, EndReason.CLEARED, now)
+        self._to_clear.extend(sessions[CLEAR_SLICE:])
 
     def next_deadline(self) -> float:
         """When `handle_timer` wants to be called, at the latest."""
@@ -156,6 +195,10 @@ class Firewall:
             deadlines.append(ager)
         if self._lingering:
             deadlines.append(self._lingering[0][0])
+        if (sweep := self.fast_path.next_deadline()) is not None:
+            deadlines.append(sweep)
+        if self._to_clear:
+            deadlines.append(0.0)
         return min(deadlines)
 
     def handle_timer(self, now: float) -> None:
@@ -167,7 +210,12 @@ class Firewall:
             _, session, sa = self._lingering.popleft()
             in_use = {key for other in session.sas for key in (other.key_in, other.key_out)}
             if self.table.live(session.id) is session and sa not in session.sas:
-                self.table.unindex(session, {sa.key_in, sa.key_out} - in_use)
+                self._unindex(session, {sa.key_in, sa.key_out} - in_use)
+        for session in [self._to_clear.popleft() for _ in range(min(CLEAR_SLICE, len(self._to_clear)))]:
+            if self.table.live(session.id) is session:
+                self._end(session, EndReason.CLEARED, now)
+        idle_since = now - ELEMENT_IDLE_S
+        self.fast_path.withdraw(element for element in self.fast_path.sweep(now) if element.seen_at < idle_since)
         self.table.forget_ended(now - self.settings.keep_ended_s)
         is_pressed = self.table.utilisation >= self.settings.ageing_threshold
         factor = self.settings.ageing_factor if is_pressed else 1
@@ -175,14 +223,123 @@ class Firewall:
             self.ager.set_factor(factor, now)
 
     def next_event(self) -> Event | None:
-        """What happened next, in order; None when all is told."""
-        return self._events.popleft() if self._events else None
+        """What happened next, in order; None when all is told.
+
+        While the kernel owes the last counts of elements that were removed, events wait: they would tell too little.
+        """
+        return self._events.popleft() if self._events and not self.fast_path.is_owed_counts else None
+
+    # --- what the kernel does and says ----------------------------------------------------------------
+
+    def take_work(self) -> Work | None:
+        """What the kernel is to do for the fast path, before any verdict is given; None if nothing."""
+        return self.fast_path.take_work()
+
+    def apply_outcome(self, work: Work, outcome: Outcome, now: float) -> None:
+        """Hear what came of it: count what the kernel counted, and end the sessions that only waited for that."""
+        for element in work.installs:
+            if element.place is Place.PENDING:
+                element.place = Place.KERNEL if outcome.installed else Place.DAEMON
+        if work.installs and not outcome.installed:
+            self.counters.add("fast_path_refused", len(work.installs))
+        idle_since = now - ELEMENT_IDLE_S
+        for elements, readings in ((work.removals, outcome.removed), (work.reads, outcome.read)):
+            for element in elements:
+                reading = readings.get(element.key)
+                if reading is None:
+                    self.fast_path.forget_lost(element)
+                    self.counters.add("fast_path_lost")
+                elif reading[0] != element.packet_count:
+                    self._credit(element, reading, now)
+                elif element.seen_at < idle_since and element.place is Place.KERNEL:
+                    self.fast_path.withdraw((element,))
+        asked, self._asked = self._asked, []
+        for session in asked:
+            if self.table.live(session.id) is not session:
+                continue
+            if session.expires_at > self.ager.age(now):
+                self.ager.resume(session)
+            else:
+                self._time_is_up(session, now)
+
+    def adopt(self, everything: Iterable[Found], now: float) -> list[ElementKey]:
+        """Take over what a former daemon left in the kernel: its sessions go on, with what was counted under them.
+
+        To be called before the first packet. Sessions of this host's tunnels wait for the IKE daemon to claim them.
+        Gives those elements that there is no place for: the kernel is to be rid of them.
+        """
+        refused = []
+        for found in everything:
+            try:
+                session, flow = self._revive(found, now)
+            except TableFull:
+                refused.append(found.key)
+                continue
+            self.fast_path.adopt(found, session, flow, now)
+            self._count(flow, *found.reading)
+            flow.note_spi(int.from_bytes(found.key[2][-4:]))
+            if found.is_drop != (session.state is State.DISCARD):
+                self.fast_path.withdraw(session.elements)  # today it is decided otherwise
+        return refused
+
+    def hand_over(self) -> list[Element]:
+        """Prepare for a successor: withdraw one element of each flow of which the daemon counted packets itself.
+
+        After their outcome, `finish_hand_over` puts them back with all that was counted. Empty: there is nothing to do.
+        """
+        carriers = []
+        for session in self.table:
+            for flow in (session.c2s, session.s2c):
+                elements = [e for e in session.elements if e.flow is flow and e.place is Place.KERNEL]
+                if elements and flow.packet_count != sum(element.packet_count for element in elements):
+                    carriers.append(elements[0])
+        self.fast_path.withdraw(carriers)
+        return carriers
+
+    def finish_hand_over(self, carriers: Iterable[Element], now: float) -> None:
+        """The kernel's counters include what the daemon counted: whoever adopts the elements goes on from there."""
+        for carrier in carriers:
+            session, flow = carrier.session, carrier.flow
+            others = [e for e in session.elements if e.flow is flow and e.place is Place.KERNEL]
+            packets = flow.packet_count - sum(element.packet_count for element in others)
+            octets = flow.byte_count - sum(element.byte_count for element in others)
+            self.fast_path.learn(carrier.key, session, flow, (packets, octets), now)
 
     def tunnel_session(self, sa: ChildSa) -> Session | None:
         """The live session of the tunnel that this SA belongs to."""
         return self._tunnels.get(sa.tunnel)
 
     # --- one verdict, one place to count ------------------------------------------------------------
+
+    def _repeat(self, element: Element, length: int, now: float) -> Verdict:
+        """The verdict on a packet like one that was decided before: under load, all that is done."""
+        flow, session, values = element.flow, element.session, self.counters.values
+        flow.packet_count += 1
+        flow.byte_count += length
+        values["pkt_session"] += 1
+        values["byte_session"] += length
+        element.seen_at = session.last_seen_at = now
+        if session.refresh_s:
+            session.expires_at = self.ager.age(now) + session.refresh_s
+        return Verdict.DROP if session.state is State.DISCARD else Verdict.ACCEPT
+
+    def _credit(self, element: Element, reading: Reading, now: float) -> None:
+        """Count what the kernel counted under an element since it was read last."""
+        packets, octets = reading[0] - element.packet_count, reading[1] - element.byte_count
+        element.packet_count, element.byte_count = reading
+        self._count(element.flow, packets, octets)
+        session = element.session
+        element.seen_at = session.last_seen_at = now
+        if session.refresh_s:
+            session.expires_at = self.ager.age(now) + session.refresh_s
+
+    def _count(self, flow: Flow, packets: int, octets: int) -> None:
+        """Packets that the kernel decided on by itself."""
+        flow.packet_count += packets
+        flow.byte_count += octets
+        for name, amount in (("pkt_recv", packets), ("pkt_session", packets), ("byte_session", octets)):
+            self.counters.add(name, amount)
+        self.counters.add("pkt_fast_path", packets)
 
     def _account(self, session: Session, flow: Flow, packet: Packet, now: float) -> Verdict:
         flow.packet_count += 1
@@ -213,8 +370,10 @@ class Firewall:
             zones = (None, None)
         return FlowKey(packet.kind, packet.src, packet.dst, packet.sport, packet.dport, *zones)
 
-    def _set_up(self, packet: Packet, key: Key, hook: int, ingress: int, egress: int, now: float) -> Entry:
-        """Open a session for a packet that belongs to none. Raises TableFull."""
+    def _set_up(
+        self, packet: Packet, key: Key, hook: int, ingress: int, egress: int, now: float, was: Found | None = None
+    ) -> Entry:
+        """Open a session for a packet that belongs to none; `was` says if there was one before. Raises TableFull."""
         if not isinstance(key, FlowKey):
             sa = self.directory.lookup(key)
             if sa is not None:  # its session was refused or lost its place: make it now
@@ -224,34 +383,41 @@ class Firewall:
                     return entry
         application = GENERIC_APPLICATION[packet.kind]
         is_provisional = not isinstance(key, FlowKey)
-        client = Endpoint(packet.src, self._zone(ingress), 0)
-        server = Endpoint(packet.dst, self._zone(egress), 0)
+        is_c2s = was is None or was.is_c2s
+        sides = [
+            (
+                Endpoint(packet.src, self._zone(ingress), port_of(packet, packet.sport)),
+                self.interfaces.name_of(ingress),
+            ),
+            (Endpoint(packet.dst, self._zone(egress), port_of(packet, packet.dport)), self.interfaces.name_of(egress)),
+        ]
+        (client, client_interface), (server, server_interface) = sides if is_c2s else reversed(sides)
         session = Session(
-            self.table.allocate_id(),
+            self.table.allocate_id(was.session_id if was else None),
             application,
             client,
             server,
             # Until its tunnel is known, a provisional session is judged as the tunnel that it may turn out to be.
             self._rule(client, server, Application.IPSEC_UDP if is_provisional else application),
             hook != Hook.FORWARD,
-            self.interfaces.name_of(ingress),
-            self.interfaces.name_of(egress),
+            client_interface,
+            server_interface,
             self.settings.timeouts_s[application],
-            now,
+            was.started_at if was else now,
             is_provisional=is_provisional,
         )
-        session.ports_of(packet)
+        flow = session.flow(is_c2s)
         if isinstance(key, FlowKey):
-            # Should both keys be the same one (source and destination alike), the packet counts as c2s.
-            self._take_in(session, {key.reversed(): session.s2c, key: session.c2s})
+            # Should both keys be the same one (source and destination alike), the packet's own flow counts it.
+            self._take_in(session, {key.reversed(): session.flow(not is_c2s), key: flow})
         else:
-            self._take_in(session, {key: session.c2s})
+            self._take_in(session, {key: flow})
             self.counters.add("session_provisional")
         self._decide(session, now)
         if is_provisional and session.state is State.ACTIVE:
             session.refresh_s = 0
             self.ager.arm(session, self.settings.unknown_spi_grace_s, now)
-        return session, session.c2s
+        return session, flow
 
     def _take_in(self, session: Session, entries: Mapping[Key, Flow]) -> None:
         self.table.add(session, entries.items())
@@ -272,6 +438,7 @@ class Firewall:
         self.ager.arm(session, session.timeout_s, now)
 
     def _discard(self, session: Session, now: float) -> None:
+        self.fast_path.withdraw(session.elements)
         session.move(Trigger.DENY)
         session.end_reason = EndReason.POLICY_DENY
         session.timeout_s = self.settings.discard_timeout_s
@@ -288,27 +455,52 @@ class Firewall:
             self.counters.add("flow_policy_deny")
             self._discard(session, now)
             return
-        (spi_key,) = session.keys
-        key = self._pair_key(session, spi_key)
-        entry = self.table.lookup(key)
+        flows = self._flows_of(session)
+        pair = self._pair_key(session)
+        entry = self.table.lookup(pair)
         if entry is None:
-            self.table.index(session, {key: session.c2s, key.reversed(): session.s2c, spi_key: session.c2s}.items())
+            self.table.index(session, {pair: session.c2s, pair.reversed(): session.s2c, **flows}.items())
             self._keep_alive(session, now)
             return
         generic, flow = entry
-        self._absorb(session, flow)
-        self.table.index(generic, [(spi_key, flow)])
+        turned = flow is generic.s2c
+        self._absorb(session, generic, turned)
+        self.table.index(
+            generic, {key: generic.flow((own is session.c2s) != turned) for key, own in flows.items()}.items()
+        )
         spi_keys = [key for key in generic.keys if not isinstance(key, FlowKey)]
-        self.table.unindex(generic, spi_keys[:-UNKNOWN_SPI_KEYS])
+        self._unindex(generic, spi_keys[:-UNKNOWN_SPI_KEYS])
         if session.last_seen_at > generic.last_seen_at:
             generic.last_seen_at = session.last_seen_at
             generic.expires_at = self.ager.age(session.last_seen_at) + generic.refresh_s
 
-    def _pair_key(self, session: Session, spi_key: Key) -> FlowKey:
+    def _pair_key(self, session: Session) -> FlowKey:
         """The key of the one generic session that all unknown SPIs between two peers share in the end."""
         kind = next(kind for kind, name in GENERIC_APPLICATION.items() if name is session.application)
         ports = (0, 0) if session.application is Application.IPSEC_ESP else (session.client.port, session.server.port)
         return FlowKey(kind, session.client.address, session.server.address, *ports, None, None)
+
+    def _flows_of(self, session: Session) -> dict[Key, Flow]:
+        """The keys of a session, each with the flow that it leads to."""
+        entries = {key: self.table.lookup(key) for key in session.keys}
+        return {key: entry[1] for key, entry in entries.items() if entry is not None}
+
+    def _revive(self, found: Found, now: float) -> Entry:
+        """The session and flow of an element that a former daemon left in the kernel. Raises TableFull."""
+        indev, outdev, outer = found.key
+        hook = Hook.FORWARD if indev and outdev else Hook.INPUT if indev else Hook.OUTPUT
+        packet = packet_of(outer)
+        ingress, egress = indev or outdev, outdev or indev
+        key = self._key(packet, hook, ingress, egress)
+        entry = self.table.lookup(key)
+        if entry is not None:
+            return entry
+        session = self.table.live(found.session_id)
+        if session is None or isinstance(key, FlowKey) or not session.is_provisional:
+            return self._set_up(packet, key, hook, ingress, egress, now, found)
+        flow = session.flow(found.is_c2s)
+        self.table.index(session, [(key, flow)])
+        return session, flow
 
     # --- sessions that the IKE daemon announces -------------------------------------------------------
 
@@ -330,14 +522,15 @@ class Firewall:
             self.counters.add("sa_spi_conflict")
             session.sas.remove(sa)
             return
-        provisional = [other for other in holders.values() if other.is_provisional]
+        provisional = list(dict.fromkeys(other for other in holders.values() if other.is_provisional))
         if is_new and len(self.table) - len(provisional) >= self.table.capacity:
             return  # the first packet tries again, and is counted if there is still no place
         for key, other in holders.items():
-            if other.is_provisional:
-                self._absorb(other, flows[key])
-            else:
-                self.table.unindex(other, (key,))
+            if not other.is_provisional:
+                self._unindex(other, {key})
+            elif self.table.live(other.id) is other:  # it may have had both keys
+                is_c2s = self._flows_of(other)[key] is other.c2s
+                self._absorb(other, session, turned=is_c2s != (flows[key] is session.c2s))
         if is_new:
             if provisional:
                 session.id = min(other.id for other in provisional)
@@ -350,6 +543,8 @@ class Firewall:
             self.ager.arm(session, session.timeout_s, now)
         else:
             self.table.index(session, flows.items())
+        if provisional:  # an older SPI that the IKE daemon has forgotten since goes its own way
+            self.fast_path.withdraw(element for element in session.elements if element.spi_key not in session.keys)
         if provisional and session.state is State.OPENING:
             session.last_seen_at = max(other.last_seen_at for other in provisional)
             self._promote(session, provisional[0].ingress, provisional[0].client.zone, now)
@@ -385,10 +580,17 @@ class Firewall:
         entries = {key: self.table.lookup(key) for key in keys}
         return {key: entry[0] for key, entry in entries.items() if entry is not None and entry[0] is not session}
 
-    def _absorb(self, provisional: Session, flow: Flow) -> None:
-        """Move what a provisional session counted into `flow`; it leaves no trace but its counter."""
+    def _absorb(self, provisional: Session, session: Session, turned: bool) -> None:
+        """Move what a provisional session counted to another one; it leaves no trace but its counter.
+
+        `turned`: what is c2s there is s2c here.
+        """
         self.table.remove(provisional)
-        flow.absorb(provisional.c2s)  # it knows one SPI, so it has one direction
+        for is_c2s in (True, False):
+            session.flow(is_c2s != turned).absorb(provisional.flow(is_c2s))
+        for element in provisional.elements:
+            element.session, element.flow = session, session.flow((element.flow is provisional.c2s) != turned)
+        session.elements += provisional.elements
         self.counters.add("session_absorbed")
 
     def _promote(self, session: Session, interface: str, zone: str, now: float) -> None:
@@ -412,6 +614,7 @@ class Firewall:
             self._lingering.append((now + SA_LINGER_S, session, sa))
             return
         del self._tunnels[sa.tunnel]
+        self.fast_path.withdraw(session.elements)
         if session.state is State.OPENING:
             self._end(session, EndReason.TUNNEL_DOWN, now)
         elif session.state is State.ACTIVE:
@@ -429,11 +632,20 @@ class Firewall:
     # --- the end --------------------------------------------------------------------------------------
 
     def _expire(self, session: Session, now: float) -> None:
-        """The ager says that a session's time is up."""
+        """The ager says that a session's time is up, as far as the daemon knows."""
+        if session.refresh_s and self.fast_path.read(session):
+            self._asked.append(session)  # the kernel may have seen its packets
+        else:
+            self._time_is_up(session, now)
+
+    def _time_is_up(self, session: Session, now: float) -> None:
         if session.state is State.OPENING:  # announced: it waits for its first packet while its SA lives
             self.ager.arm(session, session.timeout_s, now)
         elif session.is_provisional and session.state is State.ACTIVE:
-            self._grace_over(session, now)
+            if session.elements and not self.directory.is_fresh:  # it was a tunnel's before fwd was started again
+                self.ager.arm(session, self.settings.unknown_spi_grace_s, now)
+            else:
+                self._grace_over(session, now)
         else:
             self._end(session, EndReason.AGED_OUT, now)
 
@@ -441,6 +653,7 @@ class Firewall:
         """End a live session. A reason that stands already, such as the denial, is the one that is kept."""
         if session.end_reason is EndReason.UNKNOWN:
             session.end_reason = reason
+        self.fast_path.withdraw(session.elements)
         self.table.end(session, now)
         self.counters.add("session_ended")
         if session.end_reason in _END_COUNTERS:
@@ -450,6 +663,12 @@ class Firewall:
             del self._tunnels[session.sas[-1].tunnel]
             for sa in session.sas:  # the tunnel is still up: it waits for its next packet
                 self._add_sa(sa, now)
+
+    def _unindex(self, session: Session, keys: Iterable[Key]) -> None:
+        """Let packets with these keys be the session's no more."""
+        gone = set(keys)
+        self.table.unindex(session, gone)
+        self.fast_path.withdraw(element for element in session.elements if element.spi_key in gone)
 
     # --- where and under which rule -------------------------------------------------------------------
 
@@ -462,6 +681,13 @@ class Firewall:
             zone = self.settings.zones.zone_of(self.interfaces.name_of(index))
             self._zone_of_index[index] = zone
         return zone
+
+    def _zones_changed(self) -> None:
+        """What was decided for an interface that lies in another zone now is to be decided anew."""
+        before, self._zone_of_index = self._zone_of_index, {}
+        moved = {index for index, zone in before.items() if self._zone(index) != zone}
+        if moved:
+            self.fast_path.retire(element for element in self.fast_path if moved.intersection(element.key[:2]))
 
     def _interface_of(self, address: bytes) -> tuple[str, str]:
         """Name and zone of the interface that has a local address."""

@@ -45,6 +45,7 @@ class Rule:
     sources: tuple[Prefix, ...] = ()
     destinations: tuple[Prefix, ...] = ()
     applications: frozenset[str] = frozenset()
+    inspects_every_packet: bool = False  # its sessions are kept off the kernel's fast path
 
     def matches(self, from_zone: str, to_zone: str, source: bytes, destination: bytes, application: str) -> bool:
         """Whether a session from client to server, addresses in network order, falls under this rule."""

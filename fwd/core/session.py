@@ -7,10 +7,11 @@ the same turned round: addresses, zones and the two "ports" swap places (SPEC se
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum, StrEnum
+from typing import TypeAlias
 
 from .constants import GENERIC_ESP_PORT, PROTO_ESP, PROTO_UDP, SPIS_SEEN
-from .packet import Kind, Packet
+from .packet import Kind, Packet, packet_of
 from .policy import Rule
 from .sa import ChildSa, SpiKey
 from .state import EndReason, State, Trigger, next_state
@@ -36,6 +37,11 @@ GENERIC_APPLICATION = {
     Kind.ESP_IN_UDP: Application.IPSEC_ESP_UDP,
     Kind.IKE: Application.IKE,
 }
+
+
+def port_of(packet: Packet, udp_port: int) -> int:
+    """What a session that no IKE daemon announced shows as the port of one side (SPEC section 1)."""
+    return GENERIC_ESP_PORT if packet.kind is Kind.ESP else udp_port
 
 
 class SessionType(StrEnum):
@@ -75,13 +81,13 @@ class Flow:
 
     packet_count: int = 0
     byte_count: int = 0
-    spis: dict[int, None] = field(default_factory=dict)
+    spis: list[int] = field(default_factory=list)
 
     def note_spi(self, spi: int) -> None:
-        """Remember an SPI seen on the wire; the oldest of more than SPIS_SEEN is forgotten."""
-        if len(self.spis) >= SPIS_SEEN:
-            del self.spis[next(iter(self.spis))]
-        self.spis[spi] = None
+        """Remember an SPI seen on the wire, once; the oldest of more than SPIS_SEEN is forgotten."""
+        if spi not in self.spis:
+            self.spis.append(spi)
+            del self.spis[:-SPIS_SEEN]
 
     def absorb(self, other: Flow) -> None:
         """Take over what another flow counted; the other one is to be thrown away."""
@@ -89,6 +95,49 @@ class Flow:
         self.byte_count += other.byte_count
         for spi in other.spis:
             self.note_spi(spi)
+
+
+#: (interface in, interface out, outer): interface indices, 0 for none; `outer` is source and destination address, both
+#: UDP ports if it is ESP in UDP, and the SPI, as they stand in the packet. Its length tells which of these it has.
+ElementKey: TypeAlias = tuple[int, int, bytes]
+
+
+class Place(Enum):
+    """Who repeats a decision."""
+
+    DAEMON = "daemon"
+    PENDING = "pending"  # the kernel, as soon as it has been told
+    KERNEL = "kernel"
+    GONE = "gone"
+
+
+@dataclass(slots=True, eq=False)
+class Element:
+    """One SPI of a flow between two addresses and two interfaces: packets like it share its session's verdict.
+
+    `packet_count` and `byte_count` are the kernel's counter as read last, at `read_at`; the daemon's own counts go to
+    the flow directly. `seen_at` is when a packet was last noticed. Times are monotonic seconds.
+    """
+
+    key: ElementKey
+    session: Session
+    flow: Flow
+    packet_count: int
+    byte_count: int
+    seen_at: float = 0.0
+    read_at: float = 0.0
+    place: Place = Place.DAEMON
+
+    @property
+    def is_drop(self) -> bool:
+        """Whether the verdict is to drop."""
+        return self.session.state is State.DISCARD
+
+    @property
+    def spi_key(self) -> SpiKey:
+        """What a packet to or from this host with this key is looked up by."""
+        packet = packet_of(self.key[2])
+        return (packet.dst, packet.kind is Kind.ESP_IN_UDP, int.from_bytes(self.key[2][-4:]))
 
 
 @dataclass(slots=True)
@@ -132,6 +181,7 @@ class Session:
     s2c: Flow = field(default_factory=Flow)
     keys: list[FlowKey | SpiKey] = field(default_factory=list)
     sas: list[ChildSa] = field(default_factory=list)
+    elements: list[Element] = field(default_factory=list)
     rekeys: int = 0
     udp_ports: tuple[int, int] | None = None
 
@@ -149,16 +199,18 @@ class Session:
         """Go to the next state. Raises IllegalTransition and changes nothing if the table has none."""
         self.state = next_state(self.state, trigger)
 
+    @property
+    def is_decided(self) -> bool:
+        """Whether every packet of it meets the same verdict until something changes."""
+        return not self.is_provisional and self.state in (State.ACTIVE, State.DISCARD)
+
+    def flow(self, is_c2s: bool) -> Flow:
+        """The flow of that direction."""
+        return self.c2s if is_c2s else self.s2c
+
     def flow_from(self, address: bytes) -> Flow:
         """The flow of the packets that `address` sends."""
         return self.c2s if address == self.client.address else self.s2c
-
-    def ports_of(self, packet: Packet) -> None:
-        """Show the ports of a session that no IKE daemon announced (SPEC section 1)."""
-        if packet.kind is Kind.ESP:
-            self.client.port = self.server.port = GENERIC_ESP_PORT
-        else:
-            self.client.port, self.server.port = packet.sport, packet.dport
 
     def ports_of_sa(self) -> None:
         """Show the SPIs of the newest CHILD_SA that carries traffic, or of the newest one if none does.

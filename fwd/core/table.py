@@ -59,8 +59,11 @@ class SessionTable:
         """Sessions that ended and are still readable, the oldest end first."""
         return (session for _, session in self._ended.values())
 
-    def allocate_id(self) -> int:
-        """The next session id: from 1 upwards, never one that is still readable."""
+    def allocate_id(self, wanted: int | None = None) -> int:
+        """The next session id: from 1 upwards, never one that is still readable. Or the wanted one, if it is free."""
+        if wanted and 0 < wanted <= _MAX_ID and self.find(wanted) is None:
+            self._last_id = max(self._last_id, wanted)
+            return wanted
         while True:
             self._last_id = self._last_id % _MAX_ID + 1
             if self._last_id not in self._live and self._last_id not in self._ended:

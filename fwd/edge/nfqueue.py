@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import TypeAlias
 
 from netfilterqueue import NetfilterQueue, Packet
@@ -58,14 +58,26 @@ class PacketQueue:
     """One NFQUEUE of this network namespace.
 
     `decide` gives the verdict; should it raise, `decide_failed` does, so that no packet is left without one
-    (the kernel would keep it, and its place in the queue, for good).
+    (the kernel would keep it, and its place in the queue, for good). As soon as there is something in `unsettled`,
+    verdicts are held back, in their order, until `settle` was called at the end of the turn.
     """
 
-    def __init__(self, number: int, length: int, decide: Decide, decide_failed: Callable[[], Verdict]) -> None:
+    def __init__(
+        self,
+        number: int,
+        length: int,
+        decide: Decide,
+        decide_failed: Callable[[], Verdict],
+        unsettled: Sized = (),
+        settle: Callable[[], None] = lambda: None,
+    ) -> None:
         self.number = number
         self._length = length
         self._decide = decide
         self._decide_failed = decide_failed
+        self._unsettled = unsettled
+        self._settle = settle
+        self._held: list[tuple[Packet, Verdict]] = []
         self._queue: NetfilterQueue | None = None
         self._budget: _Budget | None = None
 
@@ -97,6 +109,7 @@ class PacketQueue:
             return False
         self._budget.left = budget
         self._queue.run_socket(self._budget)  # type: ignore[arg-type]  # recv is all it asks of a socket
+        self._release()
         return self._budget.left == 0
 
     def close(self) -> None:
@@ -112,7 +125,26 @@ class PacketQueue:
         except Exception:
             log.exception("a packet met a defect of fwd and was dropped")
             verdict = self._decide_failed()
-        if verdict is Verdict.ACCEPT:
-            packet.accept()
+        if self._held or self._unsettled:
+            self._held.append((packet, verdict))
         else:
-            packet.drop()
+            _give(packet, verdict)
+
+    def _release(self) -> None:
+        """Give the verdicts that were held back, whatever comes of settling."""
+        if not self._held:
+            return
+        try:
+            self._settle()
+        except Exception:
+            log.exception("settling met a defect of fwd; the verdicts are given all the same")
+        for packet, verdict in self._held:
+            _give(packet, verdict)
+        self._held.clear()
+
+
+def _give(packet: Packet, verdict: Verdict) -> None:
+    if verdict is Verdict.ACCEPT:
+        packet.accept()
+    else:
+        packet.drop()

@@ -1,18 +1,55 @@
 """fwd's own netfilter rules: they send ESP, IKE and NAT-T to the queue, IPv4 and IPv6, in, out and through.
 
-With nft they are a table of their own. Where the kernel has no nft `queue` expression they are chains of
-their own in iptables' mangle table: an accepted packet leaves the table that queued it, and in mangle that
-skips nobody's filter rules. Loopback is left out: its packets would be seen twice, going out and coming in.
+They stand in tables of their own, one for IPv4 and one for IPv6, built alike. Before the queue come two maps, one for
+ESP and one for ESP in UDP: an element of theirs repeats what the daemon decided, and counts (edge/kernel_path.py writes
+and reads them). What is in no map falls through to the queue. In nft's words:
+
+    chain forward {
+        type filter hook forward priority mangle; policy accept;
+        esp sequence != 0  iif . oif . ip saddr . ip daddr . esp spi vmap @esp  accept    # or drop: the element says
+        meta l4proto esp  goto undecided
+        meta l4proto udp  goto udp
+    }
+    chain undecided { counter queue num 20 bypass }
+
+How `undecided` gets packets to the queue depends on the kernel and is found out by trying (see Backend). An accepted
+packet leaves this table only: a user's own rules still see it. Loopback is left out: its packets would be seen
+twice, going out and coming in.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import struct
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from pathlib import Path
+
+from . import nftables as nft
+from .nftables import KeyField, Kind, Message, NftError, NftSocket
 
 TABLE = "fwd_dataplane"  # `fwd` alone is a keyword of nft
-_HOOKS = ("INPUT", "OUTPUT", "FORWARD")
+ESP_MAP, ESP_IN_UDP_MAP = "esp", "esp_in_udp"
+
+#: Where the two addresses stand in the IP header, and how long each is (RFC 791, RFC 8200).
+_ADDRESSES = {nft.NFPROTO_IPV4: (12, 4), nft.NFPROTO_IPV6: (8, 16)}
+
+#: To be raised whenever tables that another version of fwd left behind must not be taken over.
+_LAYOUT = 1
+
+_HOOKS = {"input": 1, "forward": 2, "output": 3}  # NF_INET_* (linux/netfilter.h)
+_MANGLE = -150  # NF_IP_PRI_MANGLE (linux/netfilter_ipv4.h): before anybody's filter rules
+_LOOPBACK = struct.pack("=I", 1)  # its interface index in every network namespace
+
+#: With Backend.MARK, says "decided" to iptables' rules; fwd sets it and clears it again.
+_DECIDED_MARK = 0x4000_0000
+
+_ESP, _UDP = b"\x32", b"\x11"
+_IKE_PORT, _NAT_T_PORT = struct.pack("!H", 500), struct.pack("!H", 4500)
+_SPORT, _DPORT = 0, 2
+
 _TIMEOUT_S = 10
 
 #: iptables' matches for what fwd handles. A later fragment of ESP still has the protocol number 50.
@@ -22,10 +59,34 @@ _MATCHES = (
 )
 
 #: The programs that speak to the kernel's nf_tables first: those of legacy iptables are the last resort.
-_FAMILIES = (
+_PROGRAMS = (
     ("IPv4", ("iptables-nft", "iptables")),
     ("IPv6", ("ip6tables-nft", "ip6tables")),
 )
+
+
+class Backend(StrEnum):
+    """How packets get to the queue, best first."""
+
+    NFT = "nft"  # the nft `queue` statement
+    XT = "nft-xt"  # the xt target NFQUEUE in the nft rule
+    MARK = "iptables-mark"  # iptables queues what the maps did not decide, and mark
+    IPTABLES = "iptables"  # no maps: every packet is queued
+
+    @property
+    def has_maps(self) -> bool:
+        """Whether the kernel can repeat decisions."""
+        return self is not Backend.IPTABLES
+
+    @property
+    def words(self) -> str:
+        """For the log and `show system info`."""
+        return {
+            Backend.NFT: "nft queue",
+            Backend.XT: "xt NFQUEUE in nft rules",
+            Backend.MARK: "iptables NFQUEUE, fast path by nft mark",
+            Backend.IPTABLES: "iptables NFQUEUE",
+        }[self]
 
 
 class RulesetError(Exception):
@@ -37,45 +98,59 @@ class _ProgramFailed(Exception):
 
 
 class Ruleset:
-    """The rules of one queue; `fail_open` lets packets pass while nobody reads it."""
+    """The rules of one queue. `fail_open` lets packets pass while nobody reads it; `capacity` is each map's size.
 
-    def __init__(self, queue: int, fail_open: bool) -> None:
+    `wanted` leaves no choice of how packets get to the queue.
+    """
+
+    def __init__(self, queue: int, fail_open: bool, capacity: int, wanted: Backend | None = None) -> None:
         self.queue = queue
         self.fail_open = fail_open
-        #: What was chosen, in words; empty before the first installation.
-        self.backend = ""
+        self._capacity = capacity
+        self._choice = [wanted] if wanted else list(Backend)
+        #: What was chosen; None before the first installation.
+        self.backend: Backend | None = None
+        #: The same in words, and what the kernel refused.
+        self.description = ""
+        #: Whether the maps were found with their elements in them, and kept.
+        self.kept_maps = False
 
     def install(self) -> str:
-        """Put the rules in place of any left there before; gives what was chosen. Raises RulesetError.
+        """Put the rules in place of any that are there; gives what was chosen, in words. Raises RulesetError.
 
-        Each family's rules change in one transaction: no packet meets half a set.
+        What the kernel has of fwd's changes in one transaction: no packet meets half a set. Maps of the right
+        layout stay as they are, with their elements.
         """
-        try:
-            _run(["nft", "-f", "-"], self._nft())
-        except _ProgramFailed as error:
-            refusal = str(error)
-        else:
-            _remove_iptables()
-            self.backend = "nft queue"
-            return self.backend
-        installed, failed = [], []
-        for family, programs in _FAMILIES:
+        refusals = []
+        for backend in self._choice:
             try:
-                program = self._install_iptables(programs)
-            except _ProgramFailed as error:
-                failed.append(f"{family}: {error}")
-            else:
-                installed.append(f"{program} ({family})")
-        if not installed:
-            raise RulesetError(
-                "cannot install netfilter rules: run as root or with CAP_NET_ADMIN, and install nftables or iptables;"
-                f" nft said: {refusal}; iptables said: {'; '.join(failed)}"
-            )
-        _remove_nft()
-        self.backend = f"{', '.join(installed)} with NFQUEUE; nft cannot queue here: {refusal}"
-        if failed:
-            self.backend += f"; left out: {'; '.join(failed)}"
-        return self.backend
+                note = self._install(backend)
+            except (_ProgramFailed, NftError, OSError) as error:
+                refusals.append(f"{backend}: {error}")
+                continue
+            self.backend = backend
+            self.description = "; ".join([backend.words + note, *(f"not {refusal}" for refusal in refusals)])
+            return self.description
+        raise RulesetError(
+            "cannot install netfilter rules: run as root or with CAP_NET_ADMIN, and install iptables if the kernel"
+            f" has no nf_tables; tried {'; '.join(refusals)}"
+        )
+
+    def change(self, fail_open: bool) -> str:
+        """Install with the other choice. Raises RulesetError, and then the old one stays."""
+        before, self.fail_open = self.fail_open, fail_open
+        try:
+            return self.install()
+        except RulesetError:
+            self.fail_open = before
+            raise
+
+    def is_in_place(self) -> bool:
+        """Whether the tables are those that were installed; fwd does not look after iptables' chains."""
+        if self.backend is None or not self.backend.has_maps:
+            return True
+        with contextlib.closing(NftSocket()) as socket:
+            return all(_label(socket, family) == self._label(self.backend) for family in _families())
 
     @staticmethod
     def remove() -> None:
@@ -83,59 +158,198 @@ class Ruleset:
         _remove_nft()
         _remove_iptables()
 
-    def _nft(self) -> str:
-        queue = f"counter queue num {self.queue}{' bypass' if self.fail_open else ''}"
-        chains = "\n".join(
-            f"""  chain {hook.lower()} {{
-    type filter hook {hook.lower()} priority mangle; policy accept;
-    {"oif" if hook == "OUTPUT" else "iif"} lo accept
-    meta l4proto esp {queue}
-    udp dport {{ 500, 4500 }} {queue}
-    udp sport {{ 500, 4500 }} {queue}
-  }}"""
-            for hook in _HOOKS
-        )
-        # Naming the table first makes the deletion succeed whether or not there was one.
-        return f"table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n{chains}\n}}\n"
+    def _install(self, backend: Backend) -> str:
+        if backend.has_maps:
+            with contextlib.closing(NftSocket()) as socket:
+                label = self._label(backend)
+                families = _families()
+                self.kept_maps = all(_label(socket, family) == label for family in families)
+                socket.transact([message for family in families for message in self._nft(family, backend, label)])
+        else:
+            _remove_nft()
+            self.kept_maps = False
+        if backend in (Backend.NFT, Backend.XT):
+            _remove_iptables()
+            return ""
+        return self._install_iptables(but_marked=backend is Backend.MARK)
 
-    def _install_iptables(self, programs: Sequence[str]) -> str:
-        """Install one family's rules with the first program that can; gives its name."""
+    def _label(self, backend: Backend) -> str:
+        """What a table says it is: one that says the same can be kept."""
+        return f"fwd: layout {_LAYOUT}, {backend}, {self._capacity} elements"
+
+    # --- nft --------------------------------------------------------------------------------------------
+
+    def _nft(self, family: int, backend: Backend, label: str) -> Iterator[Message]:
+        table = nft.string(1, TABLE)
+        if self.kept_maps:
+            yield Message(Kind.DELRULE, family, table)
+        else:
+            yield Message(Kind.NEWTABLE, family, table, nft.NLM_F_CREATE)  # so that there is one to delete
+            yield Message(Kind.DELTABLE, family, table)
+            yield Message(Kind.NEWTABLE, family, table + nft.comment(6, label), nft.NLM_F_CREATE)
+            for name in (ESP_MAP, ESP_IN_UDP_MAP):
+                yield nft.verdict_map(family, TABLE, name, _key_fields(family, name), self._capacity)
+            for chain in ("udp", "undecided"):
+                yield nft.chain(family, TABLE, chain)
+            for hook, number in _HOOKS.items():
+                if backend is Backend.MARK:
+                    yield nft.chain(family, TABLE, hook, number, _MANGLE - 10)
+                    yield nft.chain(family, TABLE, f"after_{hook}", number, _MANGLE + 10)
+                else:
+                    yield nft.chain(family, TABLE, hook, number, _MANGLE)
+        is_marked = backend is Backend.MARK
+        accept = (nft.mark(_DECIDED_MARK) if is_marked else b"") + nft.verdict(nft.NF_ACCEPT)
+        for hook in _HOOKS:
+            yield nft.rule(family, TABLE, hook, _protocol(_ESP), _decided(family, ESP_MAP), accept)
+            if hook != "forward":
+                side = nft.NFT_META_OIF if hook == "output" else nft.NFT_META_IIF
+                loopback = nft.meta(side, nft.NFT_REG_1) + nft.compare(_LOOPBACK, nft.NFT_REG_1)
+                yield nft.rule(family, TABLE, hook, loopback, nft.verdict(nft.NF_ACCEPT))
+            yield nft.rule(family, TABLE, hook, _protocol(_ESP), nft.verdict(nft.NFT_GOTO, "undecided"))
+            yield nft.rule(family, TABLE, hook, _protocol(_UDP), nft.verdict(nft.NFT_GOTO, "udp"))
+            if is_marked:
+                yield nft.rule(family, TABLE, f"after_{hook}", nft.is_marked(_DECIDED_MARK), nft.unmark(_DECIDED_MARK))
+        for side in (_DPORT, _SPORT):
+            yield nft.rule(family, TABLE, "udp", _port(side, _NAT_T_PORT), _decided(family, ESP_IN_UDP_MAP), accept)
+        for side in (_DPORT, _SPORT):
+            for port in (_IKE_PORT, _NAT_T_PORT):
+                yield nft.rule(family, TABLE, "udp", _port(side, port), nft.verdict(nft.NFT_GOTO, "undecided"))
+        match backend:
+            case Backend.NFT:
+                undecided = nft.counter() + nft.queue(self.queue, bypass=self.fail_open)
+            case Backend.XT:
+                undecided = nft.counter() + nft.xt_queue(self.queue, bypass=self.fail_open)
+            case _:  # whatever set the bit before: it was not fwd
+                undecided = nft.unmark(_DECIDED_MARK)
+        yield nft.rule(family, TABLE, "undecided", undecided)
+
+    # --- iptables ---------------------------------------------------------------------------------------
+
+    def _install_iptables(self, *, but_marked: bool) -> str:
+        """Queue by iptables in the mangle table; gives what of it was left out, in words."""
+        failed = []
+        for family, programs in _PROGRAMS:
+            try:
+                self._install_one_iptables(programs, but_marked)
+            except _ProgramFailed as error:
+                failed.append(f"{family}: {error}")
+        if len(failed) == len(_PROGRAMS):
+            raise _ProgramFailed("; ".join(failed))
+        return f" (left out: {'; '.join(failed)})" if failed else ""
+
+    def _install_one_iptables(self, programs: Sequence[str], but_marked: bool) -> None:
+        """Install one family's rules with the first program that can."""
         refusal = _ProgramFailed("none of its programs was tried")
+        target = f"NFQUEUE --queue-num {self.queue}{' --queue-bypass' if self.fail_open else ''}"
+        if but_marked:
+            target = f"{target} -m mark ! --mark {_DECIDED_MARK:#x}/{_DECIDED_MARK:#x}"
         for program in programs:
             try:
-                rules = ["*mangle", *(f":FWD-{hook} - [0:0]" for hook in _HOOKS)]
+                rules = ["*mangle", *(f":{_chain(hook)} - [0:0]" for hook in _HOOKS)]
                 present = _run([program, "-w", "-t", "mangle", "-S"])
                 for hook in _HOOKS:
-                    jump = f"{hook} -j FWD-{hook}"
+                    jump = f"{hook.upper()} -j {_chain(hook)}"
                     rules += [f"-D {jump}"] * present.splitlines().count(f"-A {jump}")
-                    rules.append(f"-I {hook} 1 -j FWD-{hook}")
-                    rules.append(f"-A FWD-{hook} {'-o' if hook == 'OUTPUT' else '-i'} lo -j RETURN")
-                    bypass = " --queue-bypass" if self.fail_open else ""
-                    rules += [
-                        f"-A FWD-{hook} {match} -j NFQUEUE --queue-num {self.queue}{bypass}" for match in _MATCHES
-                    ]
+                    rules.append(f"-I {hook.upper()} 1 -j {_chain(hook)}")
+                    rules.append(f"-A {_chain(hook)} {'-o' if hook == 'output' else '-i'} lo -j RETURN")
+                    rules += [f"-A {_chain(hook)} {match} -j {target}" for match in _MATCHES]
                 _run([f"{program}-restore", "-w", "--noflush"], "\n".join([*rules, "COMMIT", ""]))
-                return program
+                return
             except _ProgramFailed as error:
                 refusal = error
         raise refusal
 
 
+def maps() -> dict[int, tuple[int, str]]:
+    """Family and name of each map, by the length of its keys in bytes."""
+    return {
+        nft.key_length(_key_fields(family, name)): (family, name)
+        for family in _ADDRESSES
+        for name in (ESP_MAP, ESP_IN_UDP_MAP)
+    }
+
+
+def _key_fields(family: int, name: str) -> list[KeyField]:
+    """Interfaces in and out, source and destination, both UDP ports if it is UDP, SPI."""
+    address = KeyField.IPV4_ADDRESS if family == nft.NFPROTO_IPV4 else KeyField.IPV6_ADDRESS
+    ports = [KeyField.WORD] if name == ESP_IN_UDP_MAP else []
+    return [KeyField.INTERFACE, KeyField.INTERFACE, address, address, *ports, KeyField.WORD]
+
+
+def _families() -> list[int]:
+    return [nft.NFPROTO_IPV4, *([nft.NFPROTO_IPV6] if Path("/proc/net/if_inet6").exists() else [])]
+
+
+def _label(socket: NftSocket, family: int) -> str | None:
+    """What the table there says it is; None if there is none, or nobody labelled it."""
+    try:
+        (table,) = socket.ask(Message(Kind.GETTABLE, family, nft.string(1, TABLE)))
+    except (NftError, ValueError):
+        return None
+    return nft.comment_in(dict(nft.attributes(table)).get(6, b""))
+
+
+def _protocol(number: bytes) -> bytes:
+    return nft.meta(nft.NFT_META_L4PROTO, nft.NFT_REG_1) + nft.compare(number, nft.NFT_REG_1)
+
+
+def _port(side: int, port: bytes) -> bytes:
+    load = nft.payload(nft.NFT_PAYLOAD_TRANSPORT_HEADER, side, 2, nft.NFT_REG_1)
+    return _protocol(_UDP) + load + nft.compare(port, nft.NFT_REG_1)
+
+
+def _decided(family: int, name: str) -> bytes:
+    """Look up what was decided for the packet's interfaces, addresses, UDP ports and SPI.
+
+    A packet that is too short for a sequence number is malformed. To load that number makes the rule fail, as does
+    comparing it with zero, which no sender uses but when a 64-bit number begins anew: the daemon has a look at it.
+    """
+    offset, length = _ADDRESSES[family]
+    esp = 8 if name == ESP_IN_UDP_MAP else 0
+    register = nft.NFT_REG32_00
+    parts = [
+        nft.payload(nft.NFT_PAYLOAD_TRANSPORT_HEADER, esp + 4, 4, register),
+        nft.compare(bytes(4), register, equal=False),
+        nft.meta(nft.NFT_META_IIF, register),
+        nft.meta(nft.NFT_META_OIF, register + 1),
+    ]
+    register += 2
+    for base, start, size in (
+        (nft.NFT_PAYLOAD_NETWORK_HEADER, offset, length),
+        (nft.NFT_PAYLOAD_NETWORK_HEADER, offset + length, length),
+        *([(nft.NFT_PAYLOAD_TRANSPORT_HEADER, 0, 4)] if esp else []),
+        (nft.NFT_PAYLOAD_TRANSPORT_HEADER, esp, 4),
+    ):
+        parts.append(nft.payload(base, start, size, register))
+        register += size // 4
+    return b"".join([*parts, nft.lookup_verdict(name, nft.NFT_REG32_00)])
+
+
 def _remove_nft() -> None:
-    with contextlib.suppress(_ProgramFailed):  # no nft, no table
-        _run(["nft", "-f", "-"], f"table inet {TABLE}\ndelete table inet {TABLE}\n")
+    with contextlib.suppress(OSError), contextlib.closing(NftSocket()) as socket:
+        for family in _ADDRESSES:
+            try:
+                socket.transact([Message(Kind.DELTABLE, family, nft.string(1, TABLE))])
+            except NftError as error:
+                if error.number not in (errno.ENOENT, errno.EOPNOTSUPP, errno.EAFNOSUPPORT):
+                    raise OSError(error.number, str(error)) from None
+
+
+def _chain(hook: str) -> str:
+    return f"FWD-{hook.upper()}"
 
 
 def _remove_iptables() -> None:
-    for _, programs in _FAMILIES:
+    for _, programs in _PROGRAMS:
         for program in programs:
             try:
                 present = _run([program, "-w", "-t", "mangle", "-S"]).splitlines()
                 rules = []
                 for hook in _HOOKS:
-                    if f"-N FWD-{hook}" in present:
-                        jumps = present.count(f"-A {hook} -j FWD-{hook}")
-                        rules += [f"-D {hook} -j FWD-{hook}"] * jumps + [f"-F FWD-{hook}", f"-X FWD-{hook}"]
+                    chain = _chain(hook)
+                    if f"-N {chain}" in present:
+                        jumps = present.count(f"-A {hook.upper()} -j {chain}")
+                        rules += [f"-D {hook.upper()} -j {chain}"] * jumps + [f"-F {chain}", f"-X {chain}"]
                 if rules:
                     _run([f"{program}-restore", "-w", "--noflush"], "\n".join(["*mangle", *rules, "COMMIT", ""]))
             except _ProgramFailed:

@@ -181,7 +181,7 @@ class TestTerminated:
         bench.sas(SaEstablished(SA))
         bench.receive(esp(PEER, HERE, SA.spi_in))
         cleared = bench.session
-        bench.firewall.clear(cleared, bench.now)
+        bench.firewall.clear([cleared], bench.now)
         assert (cleared.end_reason, bench.session.type) == (EndReason.CLEARED, SessionType.PRED)
         bench.receive(esp(PEER, HERE, SA.spi_in))
         assert (cleared.packet_count, bench.session.packet_count) == (1, 1)
@@ -386,7 +386,7 @@ class TestPolicy:
         bench.forward(esp(LEFT, RIGHT, 1))
         bench.firewall.reconfigure(settings(DENY_ALL))
         assert bench.forward(esp(LEFT, RIGHT, 1))
-        bench.firewall.clear(bench.session, bench.now)
+        bench.firewall.clear([bench.session], bench.now)
         assert not bench.forward(esp(LEFT, RIGHT, 1))
 
     def test_a_renamed_interface_changes_its_zone(self, bench):
@@ -408,7 +408,7 @@ class TestBounds:
         bench.forward(esp(LEFT, RIGHT, 1))
         bench.sas(SaEstablished(SA))
         assert not bench.receive(esp(PEER, HERE, SA.spi_in))
-        bench.firewall.clear(bench.session, bench.now)
+        bench.firewall.clear([bench.session], bench.now)
         assert bench.receive(esp(PEER, HERE, SA.spi_in))
         assert bench.session.application is Application.IPSEC_UDP
 
@@ -416,7 +416,7 @@ class TestBounds:
         bench = Bench(max_sessions=1)
         bench.forward(esp(LEFT, RIGHT, 1))
         bench.sas(SaEstablished(SA))
-        bench.firewall.clear(bench.session, bench.now)
+        bench.firewall.clear([bench.session], bench.now)
         bench.sas(SaSnapshot((SA,)))
         assert bench.session.type is SessionType.PRED
 
@@ -455,7 +455,7 @@ def test_events_tell_what_happened(bench):
     bench.sas(SaRekeyed(SA, NEXT_SA))
     bench.firewall.reconfigure(settings(DENY_ALL))
     bench.forward(esp(LEFT, RIGHT, 1))
-    bench.firewall.clear(bench.sessions[-1], bench.now)
+    bench.firewall.clear(bench.sessions[-1:], bench.now)
     kinds = []
     while (event := bench.firewall.next_event()) is not None:
         kinds.append(type(event))
@@ -511,7 +511,7 @@ def test_any_order_of_things_keeps_every_packet_counted_once(steps, unknown_spi,
         elif what == "wait":
             bench.wait(value)
         elif what == "clear" and bench.sessions:
-            bench.firewall.clear(bench.sessions[value % len(bench.sessions)], bench.now)
+            bench.firewall.clear([bench.sessions[value % len(bench.sessions)]], bench.now)
         elif what == "lost":
             bench.sas(SaSourceLost("away"))
         elif what == "snapshot":

@@ -1,0 +1,203 @@
+"""The fast path: the decisions that the kernel repeats, and what it counted under them.
+
+A session is decided once. What repeats the decision is an element: one SPI of a flow, as it is seen between one pair
+of addresses and one pair of interfaces. The daemon answers from it by a look at the packet's header, and most elements
+are handed on to the kernel, which then asks no more.
+
+No I/O here: `take_work` says what the kernel is to do, and `Firewall.apply_outcome` hears what came of it. Three things
+keep the counts exact: an element is in place before the verdict on the packet that led to it, it is removed with
+its last count in one step, and the kernel's counts are read as absolutes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TypeAlias
+
+from .constants import ELEMENTS_PER_SESSION, READS_PER_REQUEST, SWEEP_INTERVAL_S, SWEEP_PAUSE_S, SWEEP_SLICE
+from .session import Element, ElementKey, Flow, Place, Session
+
+#: Packets and bytes, as the kernel counted them since the element was made.
+Reading: TypeAlias = tuple[int, int]
+
+
+@dataclass(slots=True)
+class Work:
+    """What the kernel is to do, in this order: first two in one transaction, then the rest."""
+
+    removals: list[Element] = field(default_factory=list)
+    installs: list[Element] = field(default_factory=list)
+    reads: list[Element] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the kernel said: the last counts of what was removed, and those that were read.
+
+    An element that is missing in them was not there any more. `installed`: the new elements are in place.
+    """
+
+    removed: Mapping[ElementKey, Reading]
+    read: Mapping[ElementKey, Reading]
+    installed: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An element that a former daemon left in the kernel; `started_at` in monotonic seconds, maybe negative."""
+
+    key: ElementKey
+    is_drop: bool
+    reading: Reading
+    session_id: int
+    is_c2s: bool
+    started_at: float
+
+
+class FastPath:
+    """All elements, and what is to be done about them. `capacity` is the most that the kernel's maps hold."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        #: Whether new elements are handed on to the kernel.
+        self.is_on = False
+        #: Elements that wait for the kernel; verdicts have to wait for them. Always the same list.
+        self.pending: list[Element] = []
+        self._removals: list[Element] = []
+        self._reads: list[Element] = []
+        self._retiring: deque[Element] = deque()
+        self._elements: dict[ElementKey, Element] = {}
+        #: All elements, the one looked at longest ago first; some that are gone are among them.
+        self._rounds: deque[Element] = deque()
+        self._next_slice_at = 0.0
+        #: What a packet asks for: the element of a key, or None.
+        self.lookup = self._elements.get
+
+    def __len__(self) -> int:
+        return len(self._elements)
+
+    def __iter__(self) -> Iterator[Element]:
+        return iter(self._elements.values())
+
+    @property
+    def in_kernel(self) -> int:
+        """How many elements the kernel has."""
+        return sum(1 for element in self._elements.values() if element.place is Place.KERNEL)
+
+    @property
+    def is_owed_counts(self) -> bool:
+        """Whether counts of removed elements have still to come."""
+        return bool(self._removals)
+
+    def learn(self, key: ElementKey, session: Session, flow: Flow, first: Reading, now: float) -> bool:
+        """Repeat the session's decision for packets with this key from now on. False: there is no room.
+
+        `first` is what the daemon counted already under this key; the kernel goes on from there.
+        """
+        if len(self._elements) >= self.capacity or len(session.elements) >= ELEMENTS_PER_SESSION:
+            return False
+        element = Element(key, session, flow, *first, seen_at=now, read_at=now)
+        self._take_in(element)
+        if self.is_on and not session.rule.inspects_every_packet:
+            element.place = Place.PENDING
+            self.pending.append(element)
+        return True
+
+    def adopt(self, found: Found, session: Session, flow: Flow, now: float) -> None:
+        """Take over an element that is in the kernel already; what it counted is the caller's to add."""
+        element = Element(found.key, session, flow, *found.reading, seen_at=now, read_at=now, place=Place.KERNEL)
+        self._take_in(element)
+
+    def _take_in(self, element: Element) -> None:
+        self._elements[element.key] = element
+        element.session.elements.append(element)
+        self._rounds.append(element)
+
+    def withdraw(self, elements: Iterable[Element]) -> None:
+        """Repeat these no more; what the kernel counted under them comes with the next outcome."""
+        for element in tuple(elements):
+            self._forget(element)
+            if element.place is Place.KERNEL:
+                self._removals.append(element)
+            element.place = Place.GONE
+
+    def retire(self, elements: Iterable[Element]) -> None:
+        """Withdraw these soon, a slice at a time: there may be many."""
+        self._retiring.extend(elements)
+
+    def read(self, session: Session) -> bool:
+        """Ask the kernel for the counts of a session; False if it has none."""
+        asked = [element for element in session.elements if element.place is Place.KERNEL]
+        self._reads += asked
+        return bool(asked)
+
+    def read_sessions(self, sessions: Iterable[Session]) -> None:
+        """Ask the kernel for the counts of these sessions, READS_PER_REQUEST at most: somebody waits for them."""
+        for session in sessions:
+            if len(self._reads) < READS_PER_REQUEST:
+                self.read(session)
+
+    def read_oldest(self) -> None:
+        """Ask the kernel for the counts that were read longest ago, READS_PER_REQUEST at most."""
+        self._reads += [e for e in islice(self._rounds, READS_PER_REQUEST) if e.place is Place.KERNEL]
+
+    def forget_lost(self, element: Element) -> None:
+        """The kernel says that it has this one no more."""
+        if element.place is not Place.GONE:
+            self._forget(element)
+            element.place = Place.GONE
+
+    def next_deadline(self) -> float | None:
+        """When `sweep` wants to be called; None if there is nothing to look at."""
+        if self._retiring:
+            return self._next_slice_at
+        if self._rounds:
+            return max(self._next_slice_at, self._rounds[0].read_at + SWEEP_INTERVAL_S)
+        return None
+
+    def sweep(self, now: float) -> list[Element]:
+        """Look at the next slice of all elements, if it is time; gives those that only the daemon has."""
+        if now < self._next_slice_at:
+            return []
+        self.withdraw(
+            element
+            for element in (self._retiring.popleft() for _ in range(min(SWEEP_SLICE, len(self._retiring))))
+            if element.place is not Place.GONE
+        )
+        own = []
+        for _ in range(min(SWEEP_SLICE, len(self._rounds))):
+            element = self._rounds[0]
+            if element.place is Place.GONE:
+                self._rounds.popleft()
+                continue
+            if element.read_at + SWEEP_INTERVAL_S > now:
+                break
+            self._rounds.rotate(-1)
+            element.read_at = now
+            if element.place is Place.KERNEL:
+                self._reads.append(element)
+            else:
+                own.append(element)
+        self._next_slice_at = now + SWEEP_PAUSE_S
+        return own
+
+    def take_work(self) -> Work | None:
+        """What the kernel is to do now; None if nothing. Its outcome must be told before any verdict is given."""
+        if not (self.pending or self._removals or self._reads):
+            return None
+        work = Work(
+            self._removals,
+            [element for element in self.pending if element.place is Place.PENDING],
+            [element for element in self._reads if element.place is Place.KERNEL],
+        )
+        self.pending.clear()
+        self._removals, self._reads = [], []
+        return work
+
+    def _forget(self, element: Element) -> None:
+        if self._elements.get(element.key) is element:
+            del self._elements[element.key]
+        element.session.elements.remove(element)

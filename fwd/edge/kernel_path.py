@@ -1,0 +1,168 @@
+"""The kernel's side of the fast path: elements in the maps of fwd's own nft tables (see ruleset.py).
+
+An element's key is `iif . oif . source . destination [. UDP ports] . SPI`, its verdict says whether to go on (to the
+`accept` of the rule) or to drop, its counter counts, and its comment names the session to whoever lists the table.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+import struct
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+from ..core.fast_path import Found, Outcome, Reading, Work
+from ..core.session import Element, ElementKey
+from . import nftables as nft
+from .nftables import Kind, Message, NftError, NftSocket
+from .ruleset import TABLE, maps
+
+log = logging.getLogger(__name__)
+
+_INTERFACES = struct.Struct("=II")
+_COMMENT = re.compile(r"session (\d+) (c2s|s2c), SPI \d+, since (\d+)")
+
+# Attributes of an element (linux/netfilter/nf_tables.h, NFTA_SET_ELEM_*), and of the list that it stands in.
+_KEY, _DATA, _USERDATA, _EXPRESSION = 1, 2, 6, 7
+_SET_TABLE, _SET_NAME, _SET_ELEMENTS = 1, 2, 3
+_LIST_ELEMENT = 1
+
+_VERDICTS = {
+    is_drop: nft.verdict_data(_DATA, nft.NF_DROP if is_drop else nft.NFT_CONTINUE) for is_drop in (False, True)
+}
+
+#: Elements in one message: its list of them has room for 64 KiB.
+_PER_MESSAGE = 256
+
+
+class KernelPath:
+    """Writes and reads the elements. The tables must be there."""
+
+    def __init__(self) -> None:
+        self._socket = NftSocket()
+        self._maps = maps()
+
+    def close(self) -> None:
+        """Give the socket back; the elements stay."""
+        self._socket.close()
+
+    def carry_out(self, work: Work) -> Outcome:
+        """Remove, install, read. What could not be done shows in the outcome; raises OSError only."""
+        removed, installed = self._change(work.removals, work.installs)
+        return Outcome(removed, self._read([element.key for element in work.reads]), installed)
+
+    def remove(self, keys: Sequence[ElementKey]) -> None:
+        """Take out elements whose counts nobody wants."""
+        for key in keys:
+            try:
+                self._socket.transact(list(self._messages(Kind.DELSETELEM, [(key, _element(key))])))
+            except NftError as error:
+                log.warning("the kernel kept an element of the fast path: %s", error)
+
+    def find_all(self) -> list[Found]:
+        """All elements that a former daemon left there. Raises OSError."""
+        offset = time.time() - time.monotonic()
+        found = []
+        for size, (family, name) in self._maps.items():
+            body = nft.string(_SET_TABLE, TABLE) + nft.string(_SET_NAME, name)
+            try:
+                answers = self._socket.ask(Message(Kind.GETSETELEM, family, body, nft.NLM_F_DUMP))
+            except NftError as error:
+                log.warning("the fast path of a former fwd cannot be read: %s", error)
+                continue
+            for key, attributes in _elements_in(answers):
+                assert 8 + len(key[2]) == size
+                words = _COMMENT.match(nft.comment_in(attributes.get(_USERDATA, b"")) or "")
+                session, side, since = words.groups() if words else ("0", "c2s", f"{time.time():.0f}")
+                is_drop = nft.verdict_in(attributes[_DATA]) == nft.NF_DROP
+                reading = _reading(attributes)
+                found.append(Found(key, is_drop, reading, int(session), side == "c2s", int(since) - offset))
+        return found
+
+    def _change(
+        self, removals: Sequence[Element], installs: Sequence[Element]
+    ) -> tuple[dict[ElementKey, Reading], bool]:
+        """One transaction: the last counts of what was removed, and whether the new elements are in place."""
+        messages = [
+            *self._messages(Kind.DELSETELEM, ((element.key, _element(element.key)) for element in removals)),
+            *self._messages(Kind.NEWSETELEM, ((element.key, _new_element(element)) for element in installs)),
+        ]
+        try:
+            return _readings(self._socket.transact(messages)), True
+        except NftError as error:
+            if not removals or (len(removals) == 1 and not installs):
+                log.warning("the fast path cannot be changed: %s", error)
+                return {}, False
+        # The kernel did nothing, because one of these is not there, say: each on its own tells which.
+        removed: dict[ElementKey, Reading] = {}
+        for element in removals:
+            removed.update(self._change([element], [])[0])
+        return removed, not installs or self._change([], installs)[1]
+
+    def _read(self, keys: Sequence[ElementKey]) -> dict[ElementKey, Reading]:
+        readings: dict[ElementKey, Reading] = {}
+        for message in self._messages(Kind.GETSETELEM, ((key, _element(key)) for key in keys)):
+            try:
+                readings.update(_readings(self._socket.ask(message)))
+            except NftError as error:
+                if error.number != errno.ENOENT:
+                    log.warning("the fast path cannot be read: %s", error)
+        if len(keys) > 1:  # the kernel stops at one that is not there: each on its own tells which
+            for key in keys:
+                if key not in readings:
+                    readings.update(self._read([key]))
+        return readings
+
+    def _messages(self, kind: Kind, elements: Iterable[tuple[ElementKey, bytes]]) -> Iterator[Message]:
+        """As many messages as it takes: one is about one map, and not too long."""
+        by_size: dict[int, list[bytes]] = {}
+        for key, octets in elements:
+            by_size.setdefault(_INTERFACES.size + len(key[2]), []).append(octets)
+        flags = {Kind.DELSETELEM: nft.NLM_F_ECHO, Kind.NEWSETELEM: nft.NLM_F_CREATE}.get(kind, 0)
+        for size, encoded in by_size.items():
+            family, name = self._maps[size]
+            head = nft.string(_SET_TABLE, TABLE) + nft.string(_SET_NAME, name)
+            for start in range(0, len(encoded), _PER_MESSAGE):
+                part = encoded[start : start + _PER_MESSAGE]
+                yield Message(kind, family, head + nft.nested(_SET_ELEMENTS, *part), flags)
+
+
+def _element(key: ElementKey, *attributes: bytes) -> bytes:
+    octets = _INTERFACES.pack(key[0], key[1]) + key[2]
+    return nft.nested(_LIST_ELEMENT, nft.value(_KEY, octets), *attributes)
+
+
+def _new_element(element: Element) -> bytes:
+    session = element.session
+    side = "c2s" if element.flow is session.c2s else "s2c"
+    since = time.time() - (time.monotonic() - session.created_at)
+    return _element(
+        element.key,
+        _VERDICTS[element.is_drop],
+        nft.comment(
+            _USERDATA, f"session {session.id} {side}, SPI {int.from_bytes(element.key[2][-4:])}, since {since:.0f}"
+        ),
+        nft.counter(_EXPRESSION, element.packet_count, element.byte_count),
+    )
+
+
+def _elements_in(answers: Iterable[bytes]) -> Iterator[tuple[ElementKey, dict[int, bytes]]]:
+    """The elements that the kernel told of: the key of each, and its attributes."""
+    for answer in answers:
+        for kind, listed in nft.attributes(answer):
+            if kind != _SET_ELEMENTS:
+                continue
+            for _, element in nft.attributes(listed):
+                attributes = dict(nft.attributes(element))
+                octets = attributes[_KEY][4:]  # behind the header of NFTA_DATA_VALUE
+                yield (*_INTERFACES.unpack_from(octets), octets[_INTERFACES.size :]), attributes
+
+
+def _readings(answers: Iterable[bytes]) -> dict[ElementKey, Reading]:
+    return {key: _reading(attributes) for key, attributes in _elements_in(answers)}
+
+
+def _reading(attributes: dict[int, bytes]) -> Reading:
+    return nft.counter_in(attributes[_EXPRESSION])
