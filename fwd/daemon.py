@@ -231,7 +231,9 @@ class Daemon:
     def _leave(self) -> None:
         """Take the rules out, or leave all in order for a successor; and hand back what waits in the queue."""
         if not self._is_handing_over:
+            self._firewall.fast_path.is_on = False
             Ruleset.remove()
+            self._close_kernel()
         deadline = time.monotonic() + DRAIN_S
         is_done = False
         while not is_done and time.monotonic() < deadline:
@@ -242,8 +244,12 @@ class Daemon:
                 self._serve_kernel()
                 self._firewall.finish_hand_over(carriers, time.monotonic())
                 self._serve_kernel()
+        self._close_kernel()
+
+    def _close_kernel(self) -> None:
         if self._kernel is not None:
             self._kernel.close()
+            self._kernel = None
 
     def _refresh(self, sessions: Iterable[Session]) -> None:
         """Bring what the kernel counted for these sessions."""

@@ -147,6 +147,7 @@ def test_what_pan_os_has_no_field_for_follows_under_its_own_heading(sample):
         "remote_id": "b",
         "reqid": 3,
         "rekeys": 2,
+        "spis_in_kernel": 1,
         "nat_t_ports": [4500, 61000],
         "sa_stale_s": 65.0,
     }
