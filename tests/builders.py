@@ -7,11 +7,12 @@ from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any
 
+from fwd.core.fast_path import Found, Outcome, Work
 from fwd.core.firewall import Firewall, Hook
 from fwd.core.interfaces import AddressPresent, InterfaceSnapshot, LinkPresent
 from fwd.core.policy import Action, Policy, Rule, Zones
 from fwd.core.sa import ChildSa
-from fwd.core.session import Session
+from fwd.core.session import Place, Session
 from fwd.core.settings import Settings
 
 #: The hosts of the tests: fwd's own address, its peer, and two sites on both sides of it.
@@ -98,18 +99,88 @@ def settings(*rules: Rule, **changes: Any) -> Settings:
     return replace(Settings(Policy(rules or (ALLOW_ALL,), Rule("default", Action.DENY)), zones), **changes)
 
 
-class Bench:
-    """A firewall on a host with three interfaces, a clock that tests move, and short words for packets."""
+class Kernel:
+    """What the kernel's maps do, as far as fwd uses them: [packets, bytes, drops?] by element, and its comment."""
 
-    def __init__(self, *rules: Rule, **changes: Any) -> None:
+    def __init__(self) -> None:
+        self.elements: dict[Any, list[Any]] = {}
+        self.comments: dict[Any, tuple[int, bool, float]] = {}
+
+    def decide(self, octets: bytes, indev: int, outdev: int) -> bool | None:
+        """Whether a packet that an element stands for passes; None: it goes to the queue."""
+        octets, length = octets + bytes(48), len(octets)
+        start, protocol = (40, octets[6]) if octets[0] >> 4 == 6 else ((octets[0] & 15) * 4, octets[9])
+        addresses = octets[8:40] if octets[0] >> 4 == 6 else octets[12:20]
+        is_udp = protocol == 17
+        esp = octets[start + 8 * is_udp : start + 8 * is_udp + 8]
+        is_whole = length >= start + 8 * is_udp + 8 and not (start < 40 and octets[6:8] != bytes(2))
+        if protocol not in (17, 50) or esp[4:] == bytes(4) or not is_whole:
+            return None
+        ports = octets[start : start + 4] if is_udp else b""
+        element = self.elements.get((indev, outdev, addresses + ports + esp[:4]))
+        if element is None:
+            return None
+        element[0] += 1
+        element[1] += length
+        return not element[2]
+
+    def carry_out(self, work: Work) -> Outcome:
+        removed = {}
+        for element in work.removals:
+            packets, octets, _ = self.elements.pop(element.key)
+            removed[element.key] = (packets, octets)
+        for element in work.installs:
+            assert element.key not in self.elements
+            self.elements[element.key] = [element.packet_count, element.byte_count, element.is_drop]
+            session = element.session
+            self.comments[element.key] = (session.id, element.flow is session.c2s, session.created_at)
+        return Outcome(removed, {element.key: tuple(self.elements[element.key][:2]) for element in work.reads})
+
+    def find_all(self) -> list[Found]:
+        return [
+            Found(key, is_drop, (packets, octets), *self.comments[key])
+            for key, (packets, octets, is_drop) in self.elements.items()
+        ]
+
+
+class Bench:
+    """A firewall on a host with three interfaces, a clock that tests move, and short words for packets.
+
+    With `fast_path`, there is a kernel that repeats what the firewall decided.
+    """
+
+    def __init__(self, *rules: Rule, fast_path: bool = False, **changes: Any) -> None:
         self.now = 1000.0
         self.firewall = Firewall(settings(*rules, **changes), self.now)
+        self.firewall.use_fast_path(fast_path)
+        self.kernel = Kernel()
+        self.offered = 0
+        self._know_interfaces()
+
+    def _know_interfaces(self) -> None:
         self.firewall.apply_interface(
             InterfaceSnapshot(
                 (LinkPresent(WAN, "wan"), LinkPresent(TO_LEFT, "left"), LinkPresent(TO_RIGHT, "right")),
                 (AddressPresent(WAN, packed(HERE)), AddressPresent(WAN, packed(HERE6))),
             )
         )
+
+    def restart(self, *rules: Rule, is_orderly: bool = True, **changes: Any) -> None:
+        """Another firewall takes over what is in the kernel; an orderly one had the time to write its counts there."""
+        if is_orderly and (carriers := self.firewall.hand_over()):
+            self.serve_kernel()
+            self.firewall.finish_hand_over(carriers, self.now)
+            self.serve_kernel()
+            assert not self.firewall.hand_over()
+        self.firewall = Firewall(settings(*rules, **changes), self.now)
+        self._know_interfaces()
+        found = self.kernel.find_all()
+        for key in self.firewall.adopt(found, self.now):
+            del self.kernel.elements[key]
+        self.firewall.use_fast_path(True)
+        self.offered = self.firewall.counters.values["pkt_recv"]
+        self.serve_kernel()
+        self.check()
 
     def receive(self, octets: bytes) -> bool:
         return self._packet(octets, Hook.INPUT, WAN, 0)
@@ -123,6 +194,7 @@ class Bench:
 
     def sas(self, event: Any) -> None:
         self.firewall.apply_sa(event, self.now)
+        self.serve_kernel()
         self.check()
 
     def wait(self, seconds: float) -> None:
@@ -131,6 +203,7 @@ class Bench:
         while self.firewall.next_deadline() <= end:
             self.now = max(self.now, self.firewall.next_deadline())
             self.firewall.handle_timer(self.now)
+            self.serve_kernel()
         self.now = end
         self.check()
 
@@ -146,10 +219,30 @@ class Bench:
     def count(self, name: str) -> int:
         return self.firewall.counters.values[name]
 
-    def _packet(self, octets: bytes, hook: Hook, indev: int, outdev: int) -> bool:
-        verdict = self.firewall.receive_packet(octets, hook, indev, outdev, self.now)
+    def clear(self, *sessions: Session) -> None:
+        self.firewall.clear(sessions, self.now)
+        self.serve_kernel()
         self.check()
-        return verdict.value == "accept"
+
+    def read_all(self) -> None:
+        """Let every session know what the kernel counted."""
+        self.firewall.fast_path.read_sessions(self.firewall.table)
+        self.serve_kernel()
+        self.check()
+
+    def serve_kernel(self) -> None:
+        while (work := self.firewall.take_work()) is not None:
+            self.firewall.apply_outcome(work, self.kernel.carry_out(work), self.now)
+
+    def _packet(self, octets: bytes, hook: Hook, indev: int, outdev: int) -> bool:
+        self.offered += 1
+        passes = self.kernel.decide(octets, indev, outdev)
+        if passes is None:
+            verdict = self.firewall.receive_packet(octets, hook, indev, outdev, self.now)
+            self.serve_kernel()
+            passes = verdict.value == "accept"
+        self.check()
+        return passes
 
     def check(self) -> None:
         """What must hold at every instant."""
@@ -157,6 +250,15 @@ class Bench:
         drops = sum(value for name, value in values.items() if name.startswith("flow_parse_"))
         drops += values["flow_table_full"] + values["flow_internal_error"]
         assert values["pkt_recv"] == values["pkt_session"] + drops
+        in_kernel = {e.key: e for e in self.firewall.fast_path if e.place is Place.KERNEL}
+        assert in_kernel.keys() == self.kernel.elements.keys()
+        unread = 0
+        for key, (packets, _, is_drop) in self.kernel.elements.items():
+            element = in_kernel[key]
+            assert element in element.session.elements and element.is_drop == is_drop
+            assert self.firewall.table.live(element.session.id) is element.session
+            unread += packets - element.packet_count
+        assert self.offered == values["pkt_recv"] + unread
         allocated = values["session_allocated"]
         assert allocated == len(self.firewall.table) + values["session_ended"] + values["session_absorbed"]
         if values["session_ended"] <= self.firewall.settings.keep_ended and self.now < 1000 + 300:

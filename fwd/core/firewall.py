@@ -614,7 +614,6 @@ class Firewall:
             self._lingering.append((now + SA_LINGER_S, session, sa))
             return
         del self._tunnels[sa.tunnel]
-        self.fast_path.withdraw(session.elements)
         if session.state is State.OPENING:
             self._end(session, EndReason.TUNNEL_DOWN, now)
         elif session.state is State.ACTIVE:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from lab.lab import PROGRAMS, LabError, default_config, wait_for
-
 from tests.namespaces.conftest import has_rules
 
 

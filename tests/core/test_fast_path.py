@@ -1,0 +1,345 @@
+"""The decisions that the kernel repeats: which they are, that no count is lost, and what a successor finds."""
+
+import pytest
+
+from fwd.core.constants import CLEAR_SLICE, ELEMENT_IDLE_S, ELEMENTS_PER_SESSION
+from fwd.core.fast_path import Outcome
+from fwd.core.interfaces import LinkPresent
+from fwd.core.policy import Action, Rule
+from fwd.core.sa import SaDeleted, SaEstablished, SaRekeyed, SaSnapshot
+from fwd.core.session import Application, Place
+from fwd.core.settings import UnknownSpi
+from fwd.core.state import EndReason, State
+from tests.builders import (
+    DENY_ALL,
+    HERE,
+    HERE6,
+    LEFT,
+    PEER,
+    PEER6,
+    RIGHT,
+    TO_RIGHT,
+    Bench,
+    child_sa,
+    esp,
+    esp_in_udp,
+    ike,
+    packed,
+    settings,
+    udp,
+)
+
+SA = child_sa()
+NEXT_SA = child_sa(0x1002, 0x2002, uniqueid=2)
+
+
+@pytest.fixture
+def bench():
+    return Bench(fast_path=True)
+
+
+def handled(bench):
+    """Packets that the daemon itself had in its hands."""
+    return bench.count("pkt_recv") - bench.count("pkt_fast_path")
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        esp("10.0.0.1", "10.0.0.2", 7),
+        esp("2001:db8::1", "2001:db8::2", 7),
+        esp_in_udp("10.0.0.1", "10.0.0.2", 7),
+        esp_in_udp("2001:db8::1", "2001:db8::2", 7, sport=1025),
+    ],
+)
+def test_the_first_packet_decides_and_the_kernel_repeats(bench, packet):
+    assert all(bench.forward(packet) for _ in range(5))
+    assert handled(bench) == 1
+    bench.read_all()
+    assert bench.session.c2s.packet_count == 5 and bench.session.c2s.byte_count == 5 * len(packet)
+    assert bench.count("pkt_fast_path") == 4
+
+
+def test_both_directions_of_a_tunnel_that_ends_here(bench):
+    sa = child_sa(local=packed(HERE6), remote=packed(PEER6))
+    bench.sas(SaEstablished(sa))
+    for _ in range(3):
+        assert bench.receive(esp(PEER6, HERE6, sa.spi_in)) and bench.send(esp(HERE6, PEER6, sa.spi_out))
+    assert handled(bench) == 2
+    bench.read_all()
+    assert bench.session.packet_count == 6
+
+
+def test_discarded_packets_are_counted_in_the_kernel_too():
+    bench = Bench(DENY_ALL, fast_path=True)
+    assert not any(bench.forward(esp(LEFT, RIGHT, 7)) for _ in range(5))
+    assert handled(bench) == 1
+    bench.wait(61)
+    (ended,) = bench.firewall.table.ended
+    assert (ended.packet_count, ended.end_reason) == (5, EndReason.POLICY_DENY)
+    assert not bench.kernel.elements
+
+
+def test_every_spi_comes_to_the_daemon_once(bench):
+    bench.sas(SaEstablished(SA))
+    bench.receive(esp(PEER, HERE, SA.spi_in))
+    bench.sas(SaRekeyed(SA, NEXT_SA))
+    for _ in range(4):
+        bench.receive(esp(PEER, HERE, NEXT_SA.spi_in))
+    assert handled(bench) == 2 and bench.session.server.port == NEXT_SA.spi_in
+    bench.read_all()
+    assert bench.session.packet_count == 5
+
+
+def test_what_is_no_plain_esp_stays_with_the_daemon(bench):
+    for packet in (
+        ike(LEFT, RIGHT),
+        ike(LEFT, RIGHT, 4500),
+        udp(LEFT, RIGHT, 4500, 4500, b"\xff"),
+        esp(LEFT, RIGHT, 7, seq=0),
+    ):
+        for _ in range(3):
+            bench.forward(packet)
+    bench.receive(esp(PEER, HERE, 5))  # an SPI that nobody knows yet
+    bench.receive(esp(PEER, HERE, 5))
+    assert handled(bench) == bench.offered == 14
+
+
+def test_another_interface_is_another_decision(bench):
+    bench.forward(esp(LEFT, RIGHT, 7))
+    bench.forward(esp(LEFT, RIGHT, 7), to_left=True)
+    assert handled(bench) == 2 and len(bench.sessions) == 2
+
+
+def test_a_rule_keeps_its_sessions_off_the_fast_path():
+    bench = Bench(Rule("watched", Action.ALLOW, inspects_every_packet=True), fast_path=True)
+    for _ in range(3):
+        assert bench.forward(esp(LEFT, RIGHT, 7))
+    assert handled(bench) == 3 and bench.session.packet_count == 3
+
+
+def test_turned_off_and_on_again(bench):
+    bench.forward(esp(LEFT, RIGHT, 7))
+    bench.firewall.use_fast_path(False)
+    bench.wait(1)
+    assert not bench.kernel.elements
+    for _ in range(2):
+        bench.forward(esp(LEFT, RIGHT, 7))
+    assert handled(bench) == 3
+    bench.firewall.use_fast_path(True)
+    for _ in range(2):
+        bench.forward(esp(LEFT, RIGHT, 7))
+    assert handled(bench) == 4
+    bench.read_all()
+    assert bench.session.packet_count == 5
+
+
+def test_the_time_to_live_follows_the_kernels_counts(bench):
+    bench.forward(esp(LEFT, RIGHT, 7))
+    for _ in range(5):
+        bench.wait(250)
+        bench.forward(esp(LEFT, RIGHT, 7))
+    assert handled(bench) == 1
+    bench.wait(3599)
+    assert bench.session.packet_count == 6  # last seen in the kernel, within a second
+    bench.wait(2)
+    assert not bench.sessions
+
+
+def test_a_session_that_is_due_asks_the_kernel_first(bench, monkeypatch):
+    monkeypatch.setattr("fwd.core.fast_path.SWEEP_INTERVAL_S", 10_000)
+    bench.forward(esp(LEFT, RIGHT, 7))
+    bench.wait(3599)
+    bench.forward(esp(LEFT, RIGHT, 7))
+    bench.wait(2)
+    assert bench.session.packet_count == 2 and handled(bench) == 1
+
+
+def test_an_idle_spi_is_given_up_and_comes_back(bench):
+    bench.forward(esp(LEFT, RIGHT, 7))
+    bench.forward(esp(LEFT, RIGHT, 8))
+    for _ in range(int(ELEMENT_IDLE_S) // 100 + 1):
+        bench.wait(100)
+        bench.forward(esp(LEFT, RIGHT, 8))
+    assert len(bench.kernel.elements) == 1
+    bench.forward(esp(LEFT, RIGHT, 7))
+    assert len(bench.kernel.elements) == 2 and handled(bench) == 3
+
+
+def test_one_session_cannot_fill_the_maps(bench):
+    for spi in range(1, ELEMENTS_PER_SESSION + 10):
+        assert bench.forward(esp(LEFT, RIGHT, spi))
+    assert len(bench.kernel.elements) == ELEMENTS_PER_SESSION and bench.count("fast_path_full") == 9
+    assert len(bench.session.elements) == ELEMENTS_PER_SESSION
+
+
+def test_clearing_many_is_done_bit_by_bit(bench):
+    for number in range(3 * CLEAR_SLICE):
+        bench.forward(esp(f"10.0.{number // 256}.{number % 256}", RIGHT, 7))
+    bench.clear(*bench.sessions)
+    assert len(bench.sessions) == 2 * CLEAR_SLICE == len(bench.kernel.elements)
+    bench.wait(0.1)
+    assert not bench.sessions and not bench.kernel.elements
+
+
+def test_events_wait_for_the_last_counts(bench):
+    bench.forward(esp(LEFT, RIGHT, 7))
+    bench.forward(esp(LEFT, RIGHT, 7))
+    while bench.firewall.next_event():
+        pass
+    bench.firewall.clear(bench.sessions, bench.now)
+    assert bench.firewall.next_event() is None
+    bench.serve_kernel()
+    assert bench.firewall.next_event().session.packet_count == 2
+
+
+def test_an_interface_that_changes_its_zone_is_decided_anew(bench):
+    bench.forward(esp(LEFT, RIGHT, 7))
+    bench.firewall.apply_interface(LinkPresent(TO_RIGHT, "wan"))  # still untrust: nothing changes
+    bench.wait(0.1)
+    assert bench.kernel.elements
+    bench.firewall.apply_interface(LinkPresent(TO_RIGHT, "left"))
+    bench.wait(0.1)
+    assert not bench.kernel.elements
+    bench.forward(esp(LEFT, RIGHT, 7))
+    assert [session.server.zone for session in bench.sessions] == ["untrust", "trust"]
+
+
+def test_what_the_kernel_refuses_stays_with_the_daemon(bench, monkeypatch):
+    refused = Outcome({}, {}, installed=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.kernel, "carry_out", lambda work: refused)
+        bench.forward(esp(LEFT, RIGHT, 7))
+    assert bench.forward(esp(LEFT, RIGHT, 7))
+    assert handled(bench) == 2 and bench.count("fast_path_refused") == 1
+    assert [element.place for element in bench.firewall.fast_path] == [Place.DAEMON]
+
+
+def test_what_vanished_from_the_kernel_is_counted_and_decided_anew(bench):
+    bench.forward(esp(LEFT, RIGHT, 7))
+    bench.kernel.elements.clear()
+    work = None
+    bench.firewall.fast_path.read(bench.session)
+    work = bench.firewall.take_work()
+    bench.firewall.apply_outcome(work, Outcome({}, {}), bench.now)
+    assert bench.count("fast_path_lost") == 1
+    assert bench.forward(esp(LEFT, RIGHT, 7)) and bench.kernel.elements
+    bench.clear(bench.session)
+    assert next(bench.firewall.table.ended).packet_count == 2
+
+
+class TestSuccessor:
+    """Elements outlive the daemon that made them."""
+
+    @pytest.mark.parametrize("is_orderly", [True, False])
+    def test_transit_sessions_go_on(self, bench, is_orderly):
+        bench.forward(ike(LEFT, RIGHT))
+        for _ in range(3):
+            bench.forward(esp(LEFT, RIGHT, 7))
+            bench.forward(esp(RIGHT, LEFT, 8), to_left=True)
+        bench.wait(10)
+        bench.restart(is_orderly=is_orderly)
+        bench.forward(esp(RIGHT, LEFT, 8), to_left=True)
+        bench.read_all()
+        session = bench.session
+        assert (session.id, session.created_at, session.application) == (2, 1000.0, Application.IPSEC_ESP)
+        assert (session.client.address, session.client.zone, session.client.port) == (packed(LEFT), "trust", 20033)
+        assert (session.ingress, session.egress) == ("left", "right")
+        assert (session.c2s.packet_count, session.s2c.packet_count) == (3, 4)
+        assert (session.c2s.spis, session.s2c.spis) == ([7], [8])
+        assert handled(bench) == 0
+        assert bench.firewall.table.allocate_id() == 3
+
+    def test_an_orderly_predecessor_leaves_every_count(self, bench):
+        """What the daemon counted itself, an element being there already: packets that waited in the queue."""
+        bench.forward(esp(LEFT, RIGHT, 7))
+        in_queue = esp(LEFT, RIGHT, 7)
+        for _ in range(4):
+            bench.firewall.receive_packet(in_queue, 2, 3, 4, bench.now)
+            bench.offered += 1
+        bench.restart()
+        assert bench.session.c2s.packet_count == 5 and bench.session.c2s.byte_count == 5 * len(in_queue)
+
+    @pytest.mark.parametrize("is_initiator", [True, False])
+    def test_a_tunnel_is_claimed_by_the_ike_daemon(self, bench, is_initiator):
+        sa = child_sa(is_initiator=is_initiator)
+        new = child_sa(0x1002, 0x2002, uniqueid=2, is_initiator=is_initiator)
+        bench.sas(SaEstablished(sa))
+        bench.send(esp(HERE, PEER, sa.spi_out))
+        bench.sas(SaRekeyed(sa, new))
+        for _ in range(2):
+            bench.receive(esp(PEER, HERE, new.spi_in))
+            bench.send(esp(HERE, PEER, new.spi_out))
+        bench.restart(unknown_spi=UnknownSpi.DISCARD)
+        assert bench.session.is_provisional and bench.session.application is Application.IPSEC_ESP
+        bench.send(esp(HERE, PEER, new.spi_out))
+        bench.wait(60)  # charon is away: what flowed goes on flowing
+        assert bench.session.is_provisional and bench.session.state is State.ACTIVE
+        bench.send(esp(HERE, PEER, new.spi_out))
+        bench.sas(SaSnapshot((new,)))
+        session = bench.session
+        assert (session.id, session.application, session.state) == (1, Application.IPSEC_UDP, State.ACTIVE)
+        assert session.client.address == packed(HERE if is_initiator else PEER)
+        sent, received = (session.c2s, session.s2c) if is_initiator else (session.s2c, session.c2s)
+        bench.read_all()
+        assert (sent.packet_count, received.packet_count) == (5, 2)
+        assert {session.client.port, session.server.port} == {new.spi_in, new.spi_out}
+        assert handled(bench) == 0
+        bench.send(esp(HERE, PEER, sa.spi_out))  # the older SPI, which charon does not know any more
+        assert handled(bench) == 1
+
+    @pytest.mark.parametrize("unknown_spi", UnknownSpi)
+    def test_a_tunnel_that_nobody_claims(self, bench, unknown_spi):
+        bench.sas(SaEstablished(SA))
+        for _ in range(2):
+            bench.receive(esp(PEER, HERE, SA.spi_in))
+            bench.send(esp(HERE, PEER, SA.spi_out))
+        bench.restart(unknown_spi=unknown_spi)
+        bench.sas(SaSnapshot(()))
+        bench.wait(6)
+        session = bench.session
+        is_generic = unknown_spi is UnknownSpi.GENERIC
+        assert session.state is (State.ACTIVE if is_generic else State.DISCARD) and session.packet_count == 4
+        assert bench.receive(esp(PEER, HERE, SA.spi_in)) == bench.send(esp(HERE, PEER, SA.spi_out)) == is_generic
+        bench.read_all()
+        assert bench.session.packet_count == 6 and bench.session.id == 1
+
+    def test_another_policy_is_applied_at_once(self, bench):
+        bench.forward(esp(LEFT, RIGHT, 7))
+        bench.forward(esp(RIGHT, LEFT, 8), to_left=True)
+        bench.restart(DENY_ALL)
+        assert bench.session.state is State.DISCARD and bench.session.packet_count == 2
+        assert not bench.forward(esp(LEFT, RIGHT, 7)) and not bench.forward(esp(RIGHT, LEFT, 8), to_left=True)
+        bench.read_all()
+        assert bench.session.packet_count == 4
+
+    def test_a_smaller_table_takes_what_it_can(self, bench):
+        for number in range(5):
+            bench.forward(esp(f"10.0.0.{number}", RIGHT, 7))
+        bench.restart(max_sessions=3)
+        assert len(bench.sessions) == 3 == len(bench.kernel.elements)
+
+    def test_elements_without_a_comment_get_a_session_all_the_same(self, bench):
+        bench.forward(esp(LEFT, RIGHT, 7))
+        bench.kernel.comments = dict.fromkeys(bench.kernel.comments, (0, True, bench.now))
+        bench.restart()
+        assert bench.session.id == 1 and bench.session.packet_count == 1
+
+
+def test_a_deleted_tunnel_ends_with_all_its_packets(bench):
+    bench.sas(SaEstablished(SA))
+    for _ in range(3):
+        bench.receive(esp(PEER, HERE, SA.spi_in))
+    bench.sas(SaDeleted(SA))
+    bench.receive(esp(PEER, HERE, SA.spi_in))
+    bench.wait(6)
+    (ended,) = bench.firewall.table.ended
+    assert (ended.packet_count, ended.end_reason) == (4, EndReason.TUNNEL_DOWN)
+    assert not bench.kernel.elements
+
+
+def test_a_reload_leaves_sessions_as_they_were(bench):
+    bench.forward(esp(LEFT, RIGHT, 7))
+    bench.firewall.reconfigure(settings(DENY_ALL))
+    bench.wait(1)
+    assert bench.forward(esp(LEFT, RIGHT, 7)) and handled(bench) == 1
