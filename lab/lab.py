@@ -135,6 +135,9 @@ class Fwd:
         self.process.end()
 
 
+_ESP_SOURCE = Path(__file__).parent / "esp_source.py"
+
+
 class Lab:
     """A testbed built from a topology; as a context manager it is gone at the end.
 
@@ -202,6 +205,11 @@ class Lab:
         return self.hosts[tunnel.initiator].start(
             self._ping(tunnel, count, interval_s, size), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
+
+    def start_source(self, host: str, source: str, destination: str, **options: float) -> Process:
+        """Send raw ESP from a host, as the options of esp_source.py say; it ends by itself."""
+        words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", f"{value}")]
+        return self.hosts[host].start([sys.executable, str(_ESP_SOURCE), source, destination, *words])
 
     def start_fwd(self, config: str | None = None, host: str = "fwd", environment: dict[str, str] | None = None) -> Fwd:
         """Start fwd, with the lab's own configuration unless another is given. Raises LabError with its log."""

@@ -282,9 +282,8 @@ class KeyField(Enum):
     """What a part of a key is, for the nft program to print: its number there (nft's datatype.h), and its bytes."""
 
     INTERFACE = (20, 4)
-    IPV4_ADDRESS = (7, 4)
+    IPV4_ADDRESS = (7, 4)  # and any four bytes in network order: nft prints 0x0102ffff as 1.2.255.255
     IPV6_ADDRESS = (8, 16)
-    WORD = (7, 4)  # nft has no type for four bytes in network order but this one: 0x0102ffff is 1.2.255.255 to it
 
 
 def key_length(fields: Iterable[KeyField]) -> int:

@@ -272,8 +272,9 @@ def maps() -> dict[int, tuple[int, str]]:
 def _key_fields(family: int, name: str) -> list[KeyField]:
     """Interfaces in and out, source and destination, both UDP ports if it is UDP, SPI."""
     address = KeyField.IPV4_ADDRESS if family == nft.NFPROTO_IPV4 else KeyField.IPV6_ADDRESS
-    ports = [KeyField.WORD] if name == ESP_IN_UDP_MAP else []
-    return [KeyField.INTERFACE, KeyField.INTERFACE, address, address, *ports, KeyField.WORD]
+    word = KeyField.IPV4_ADDRESS
+    ports = [word] if name == ESP_IN_UDP_MAP else []
+    return [KeyField.INTERFACE, KeyField.INTERFACE, address, address, *ports, word]
 
 
 def _families() -> list[int]:

@@ -1,0 +1,179 @@
+"""The kernel repeats fwd's decisions: counted by independent rules, under churn, and while no fwd runs."""
+
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+
+import pytest
+
+from fwd.cli.client import Client
+from fwd.rpc import RpcError
+from lab.lab import default_config, wait_for
+from tests.namespaces.conftest import accounted, witnessed
+
+A, B = ("198.51.100.2", "203.0.113.2")
+
+#: What arrives at a site, for the other end of the wire to say.
+ARRIVALS = """
+table inet arrivals {
+  chain prerouting {
+    type filter hook prerouting priority raw
+    meta l4proto esp counter
+  }
+}
+"""
+
+
+def watch_arrivals(lab):
+    for site in ("site-a", "site-b"):
+        lab.hosts[site].path("/run/arrivals.nft").write_text(ARRIVALS)
+        lab.hosts[site].run(["nft", "-f", "/run/arrivals.nft"])
+
+
+def arrived(lab, site):
+    listed = lab.hosts[site].run(["nft", "list", "table", "inet", "arrivals"]).stdout
+    return int(listed.split("packets")[1].split()[0])
+
+
+def start_sources(lab, **options):
+    return [lab.start_source("site-a", A, B, **options), lab.start_source("site-b", B, A, **options)]
+
+
+def totals(lab, first_id=1):
+    """Packets of all sessions that can be read, by the address that sent them: live and ended ones."""
+    client = Client(str(lab.hosts["fwd"].path("/run/fwd/control.sock")))
+    counters = {counter["name"]: counter["value"] for counter in client.call("counter.list")["counters"]}
+    sums = {A: 0, B: 0}
+    for session_id in range(first_id, first_id + counters["session_allocated"] + 1):
+        with suppress(RpcError):
+            session = client.call("session.get", id=session_id)
+            for flow in ("c2s", "s2c"):
+                if session["application"] == "ipsec-esp":
+                    sums[session[flow]["source"]] += session[flow]["packets"]
+    client.close()
+    return sums
+
+
+@pytest.mark.parametrize("backend", ["auto", "iptables-mark", "iptables"])
+def test_established_tunnels_pass_the_kernel_alone(demo, backend):
+    fwd = demo.start_fwd(default_config() + f'[dataplane]\nbackend = "{backend}"\n')
+    demo.initiate()
+    for tunnel in demo.topology.tunnels:
+        assert demo.ping(tunnel.name, count=20) == 20
+    for session in fwd.sessions(application="ipsec-esp") + fwd.sessions(application="ipsec-udp"):
+        assert (session["c2s"]["packets"], session["s2c"]["packets"]) == (20, 20)
+        assert session["ipsec"]["spis_in_kernel"] == (0 if backend == "iptables" else 2)
+    counters = fwd.counters()
+    assert counters["pkt_fast_path"] == (0 if backend == "iptables" else 4 * 2 * 19)
+    assert accounted(fwd) == witnessed(demo)
+    assert "fast" in fwd.fwctl("show", "system", "info").stdout
+
+
+def test_esp_in_udp_takes_the_fast_path_and_ike_beside_it_does_not(transit):
+    fwd = transit.start_fwd()
+    script = (
+        "import socket, struct, time\n"
+        "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(('198.51.100.2', 4501))\n"
+        "for n in range(20):\n"
+        "    s.sendto(struct.pack('!II', 0xbeef, n + 1) + bytes(40), ('203.0.113.2', 4500))\n"
+        "    s.sendto(bytes(4) + bytes(range(1, 29)), ('203.0.113.2', 4500))\n"
+        "    s.sendto(b'\\xff', ('203.0.113.2', 4500))\n"
+        "    time.sleep(0.01)\n"
+    )
+    transit.hosts["site-a"].run([sys.executable, "-c", script])
+    (esp,) = fwd.sessions(application="ipsec-esp-udp")
+    (ike,) = fwd.sessions(application="ike")
+    assert (esp["c2s"]["packets"], ike["c2s"]["packets"]) == (20, 40)
+    counters = fwd.counters()
+    assert counters["pkt_recv"] - counters["pkt_fast_path"] <= 60 and counters["pkt_fast_path"] > 0
+    assert counters["pkt_recv"] == 60 == witnessed(transit)
+
+
+@pytest.mark.timeout(200)
+def test_packets_delivered_are_packets_counted_while_elements_come_and_go(transit):
+    """Both ways at once over many SPIs; all the while sessions are cleared, reloads go on, the table is full."""
+    watch_arrivals(transit)
+    small = "[dataplane]\nmax-sessions = 200\nqueue-length = 65536\nkeep-ended = 1000000\n"
+    fwd = transit.start_fwd(default_config() + small)
+    count = int(os.environ.get("FWD_EXACT_PACKETS", "60000"))
+    sources = start_sources(transit, count=count, spis=300, rate=20000)
+    client = Client(str(transit.hosts["fwd"].path("/run/fwd/control.sock")))
+    clears = 0
+    while any(source.popen.poll() is None for source in sources):
+        client.call("session.clear", filter={})
+        clears += 1
+        time.sleep(0.02)
+        if clears % 20 == 0:
+            mode = ("off", "auto")[clears // 20 % 2]
+            fwd.reload(default_config() + small + f'fast-path = "{mode}"\n')
+    client.close()
+    assert [source.wait(10) for source in sources] == [0, 0]
+    assert clears > 20
+    counters = fwd.counters()
+    print({name: value for name, value in counters.items() if value})
+    assert totals(transit) == {A: arrived(transit, "site-b"), B: arrived(transit, "site-a")}
+    assert accounted(fwd) == witnessed(transit) == 2 * count
+    assert counters["pkt_fast_path"] > 0 and counters["fast_path_lost"] == counters["fast_path_refused"] == 0
+
+
+@pytest.mark.parametrize("fail", ["open", "closed"])
+def test_an_orderly_restart_is_not_noticed_by_tunnels_and_loses_no_count(transit, fail):
+    watch_arrivals(transit)
+    config = default_config() + f'[dataplane]\nfail = "{fail}"\nqueue-length = 65536\n'
+    fwd = transit.start_fwd(config)
+    count = 60000
+    sources = start_sources(transit, count=count, spis=50, rate=12000)
+    for _ in range(3):
+        time.sleep(0.7)
+        before = fwd.sessions()
+        fwd.process.send(signal.SIGUSR1)
+        assert fwd.process.wait(15) == 0
+        time.sleep(0.3)
+        fwd = transit.start_fwd(config)
+        assert "took over 1 sessions" in fwd.log
+        (session,) = fwd.sessions()
+        assert session["id"] == before[0]["id"] == 1
+        assert abs(session["start_time"] - before[0]["start_time"]) < 1.5
+    assert [source.wait(20) for source in sources] == [0, 0]
+    # Even with fail-closed all packets arrive: the kernel knows all the SPIs.
+    assert (arrived(transit, "site-b"), arrived(transit, "site-a")) == (count, count)
+    assert totals(transit) == {A: count, B: count}
+
+
+def test_after_a_kill_the_kernel_goes_on_and_the_next_fwd_takes_over(terminated):
+    config = default_config() + '[dataplane]\nfail = "closed"\nunknown-spi = "discard"\n'
+    fwd = terminated.start_fwd(config)
+    terminated.initiate("peer-v4")
+    assert terminated.ping("peer-v4", count=5) == 5
+    (before,) = fwd.sessions(application="ipsec-udp")
+    fwd.kill()
+    assert terminated.ping("peer-v4", count=5) == 5
+    fwd = terminated.start_fwd(config)
+    wait_for(lambda: fwd.sessions(application="ipsec-udp"), "charon claims the tunnel")
+    (after,) = fwd.sessions(application="ipsec-udp")
+    assert after["id"] == before["id"] and after["c2s"]["packets"] == after["s2c"]["packets"] == 10
+    assert (after["c2s"]["sport"], after["c2s"]["dport"]) == (before["c2s"]["sport"], before["c2s"]["dport"])
+    assert after["state"] == "ACTIVE" and after["ipsec"]["child_sa"] == "peer-v4"
+
+
+def test_flushed_rules_come_back(transit):
+    fwd = transit.start_fwd()
+    transit.initiate("sites-v4")
+    assert transit.ping("sites-v4") == 3
+    transit.hosts["fwd"].run(["nft", "flush", "ruleset"])
+    wait_for(lambda: "somebody removed the rules of fwd" in fwd.log, "fwd notices")
+    assert transit.ping("sites-v4") == 3
+    (session,) = fwd.sessions(application="ipsec-esp")
+    assert session["ipsec"]["spis_in_kernel"] == 2 and session["c2s"]["packets"] >= 4
+    assert fwd.counters()["rules_restored"] == 1 and "Traceback" not in fwd.log
+
+
+def test_a_watched_rule_sees_every_packet(transit):
+    fwd = transit.start_fwd(default_config().replace("[[rules]]", '[[rules]]\ninspect = "every-packet"', 1))
+    transit.initiate("sites-v4")
+    assert transit.ping("sites-v4", count=10) == 10
+    (session,) = fwd.sessions(application="ipsec-esp")
+    assert session["c2s"]["packets"] == 10 and session["ipsec"]["spis_in_kernel"] == 0
+    assert fwd.counters()["pkt_fast_path"] == 0
