@@ -1,0 +1,116 @@
+"""Elements in the kernel's own maps, as the nft program lists them."""
+
+import json
+
+from tests.edge.namespace import in_namespace, needs_root
+
+pytestmark = needs_root
+
+SCRIPT = """
+import json, time
+from types import SimpleNamespace
+from fwd.core.fast_path import Outcome, Work
+from fwd.core.session import Element, Flow
+from fwd.core.state import State
+from fwd.edge.kernel_path import KernelPath
+
+Ruleset(20, True, 1024).install()
+path = KernelPath()
+elements = []
+for size in (12, 16, 36, 40):
+    for number in range(3):
+        flow = Flow()
+        session = SimpleNamespace(
+            id=10 * size + number,
+            c2s=flow if number < 2 else None,
+            created_at=time.monotonic() - 60,
+            state=State.DISCARD if number == 1 else State.ACTIVE,
+        )
+        key = (1, 0 if number == 2 else 1, bytes([number + 1]) * (size - 4) + (4096 + number).to_bytes(4))
+        elements.append(Element(key, session, flow, 5 + number, 500 + number))
+
+def show(readings):
+    return [readings.get(element.key) for element in elements]
+"""
+
+
+def run(script):
+    return [json.loads(line) for line in in_namespace(SCRIPT + script).splitlines()]
+
+
+def test_what_is_written_is_what_nft_lists():
+    installed, listing, found = run(
+        "print(json.dumps(path.carry_out(Work(installs=elements)).installed))\n"
+        "print(json.dumps(listed('nft list table ip fwd_dataplane; nft list table ip6 fwd_dataplane')))\n"
+        "print(json.dumps([(f.session_id, f.is_drop, f.reading, f.is_c2s, f.key[:2]) for f in path.find_all()]))\n"
+    )
+    assert installed
+    assert '"lo" . "lo" . 1.1.1.1 . 1.1.1.1 . 0.0.16.0 counter packets 5 bytes 500' in listing
+    assert '"lo" . 0 . 3.3.3.3 . 3.3.3.3 . 0.0.16.2 counter packets 7 bytes 502' in listing
+    assert "303:303:303:303:303:303:303:303" in listing
+    for size in (12, 16, 36, 40):
+        assert f'comment "session {10 * size} c2s, SPI 4096, since ' in listing
+        assert f'comment "session {10 * size + 2} s2c, SPI 4098, since ' in listing
+    assert listing.count(": drop") == 4 and listing.count(": continue") == 8
+    assert sorted(found) == sorted(
+        [10 * size + n, n == 1, [5 + n, 500 + n], n < 2, [1, 0 if n == 2 else 1]]
+        for size in (12, 16, 36, 40)
+        for n in range(3)
+    )
+
+
+def test_reading_and_removing_bring_the_counts():
+    counts = [[5, 500], [6, 501], [7, 502]] * 4
+    read, removed, left = run(
+        "path.carry_out(Work(installs=elements))\n"
+        "print(json.dumps(show(path.carry_out(Work(reads=elements)).read)))\n"
+        "print(json.dumps(show(path.carry_out(Work(removals=elements)).removed)))\n"
+        "print(json.dumps([len(path.find_all())]))\n"
+    )
+    assert read == removed == counts and left == [0]
+
+
+def test_what_is_not_there_is_left_out_and_the_rest_done():
+    removed, read, installed = run(
+        "path.carry_out(Work(installs=elements[2:]))\n"
+        "work = Work(removals=elements[:4], installs=elements[:1], reads=elements[4:6] + elements[1:2])\n"
+        "outcome = path.carry_out(work)\n"
+        "print(json.dumps(show(outcome.removed)[:5]))\n"
+        "print(json.dumps(show(outcome.read)[:6]))\n"
+        "print(json.dumps([outcome.installed, len(path.find_all())]))\n"
+    )
+    assert removed == [None, None, [7, 502], [5, 500], None]
+    assert read == [None, None, None, None, [6, 501], [7, 502]]
+    assert installed == [True, 9]
+
+
+def test_one_change_replaces_an_element():
+    removed, read = run(
+        "path.carry_out(Work(installs=elements))\n"
+        "outcome = path.carry_out(Work(removals=elements, installs=elements, reads=[]))\n"
+        "print(json.dumps(show(outcome.removed)))\n"
+        "print(json.dumps(show(path.carry_out(Work(reads=elements)).read)))\n"
+    )
+    assert removed == read == [[5, 500], [6, 501], [7, 502]] * 4
+
+
+def test_many_elements_take_several_messages():
+    (result,) = run(
+        "many = [Element((1, 1, n.to_bytes(12)), elements[0].session, elements[0].flow, n, n) for n in range(1000)]\n"
+        "outcomes = [path.carry_out(work) for work in (Work(installs=many), Work(reads=many), Work(removals=many))]\n"
+        "wanted = {element.key: (element.packet_count, element.byte_count) for element in many}\n"
+        "print(json.dumps([outcomes[1].read == wanted, outcomes[2].removed == wanted]))\n"
+    )
+    assert result == [True, True]
+
+
+def test_full_maps_and_missing_tables_are_told():
+    full, gone, removed = run(
+        "many = [Element((1, 1, n.to_bytes(12)), elements[0].session, elements[0].flow, n, n) for n in range(1025)]\n"
+        "print(json.dumps(path.carry_out(Work(installs=many)).installed))\n"
+        "Ruleset.remove()\n"
+        "print(json.dumps(path.carry_out(Work(installs=many[:5])).installed))\n"
+        "outcome = path.carry_out(Work(removals=many[:5], reads=many[5:10]))\n"
+        "print(json.dumps([len(outcome.removed), len(outcome.read), path.find_all()]))\n"
+    )
+    assert (full, gone, removed) == (False, False, [0, 0, []])

@@ -1,0 +1,62 @@
+"""Verdicts that wait for the kernel's fast path; the queue itself is tested with real packets, in namespaces."""
+
+import pytest
+
+from fwd.core.firewall import Verdict
+from fwd.edge.nfqueue import PacketQueue
+
+
+class Packet:
+    hook, indev, outdev = 2, 3, 4
+
+    def __init__(self, number, verdicts):
+        self.number, self.verdicts = number, verdicts
+
+    def get_payload(self):
+        return bytes([self.number])
+
+    def accept(self):
+        self.verdicts.append((self.number, Verdict.ACCEPT))
+
+    def drop(self):
+        self.verdicts.append((self.number, Verdict.DROP))
+
+
+def decide(octets, hook, indev, outdev):
+    if octets[0] == 13:
+        raise ValueError("a defect")
+    return Verdict.ACCEPT if octets[0] % 2 else Verdict.DROP
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_from_the_first_unsettled_decision_on_verdicts_wait_and_keep_their_order(is_broken, caplog):
+    verdicts, settled, pending = [], [], []
+
+    def settle():
+        settled.append(len(verdicts))
+        pending.clear()
+        if is_broken:
+            raise ValueError("a defect")
+
+    queue = PacketQueue(20, 16, decide, lambda: Verdict.DROP, pending, settle)
+    for number in range(2):
+        queue._handle(Packet(number, verdicts))
+    assert len(verdicts) == 2 and not settled
+    pending.append("element")
+    for number in range(2, 6):
+        queue._handle(Packet(number, verdicts))
+    assert len(verdicts) == 2
+    queue._release()
+    assert settled == [2] and ("defect" in caplog.text) == is_broken
+    assert verdicts == [(n, Verdict.ACCEPT if n % 2 else Verdict.DROP) for n in range(6)]
+    queue._release()
+    queue._handle(Packet(7, verdicts))
+    assert settled == [2] and verdicts[-1] == (7, Verdict.ACCEPT)
+
+
+def test_a_defect_costs_one_packet(caplog):
+    verdicts = []
+    queue = PacketQueue(20, 16, decide, lambda: Verdict.DROP)
+    for number in (13, 1):
+        queue._handle(Packet(number, verdicts))
+    assert verdicts == [(13, Verdict.DROP), (1, Verdict.ACCEPT)] and "a defect of fwd" in caplog.text
