@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .config import explain
 from .core.counters import COUNTERS
 from .core.firewall import Firewall
-from .core.session import Application, Endpoint, Flow, Place, Session, SessionType
+from .core.session import Application, Flow, Place, Session, SessionType
 from .core.session_filter import FilterError, Predicate, build_filter
 from .core.state import State
 from .rpc import INVALID_PARAMS, METHOD_NOT_FOUND, NO_SUCH_SESSION, RpcError
@@ -167,8 +167,8 @@ class Api:
             "start_time": time.time() - (now - session.created_at),
             "timeout_s": session.timeout_s,
             "time_to_live_s": int(self._firewall.ager.time_to_live_s(session, now)) if is_live else None,
-            "c2s": _flow_view(session, session.client, session.server, session.c2s),
-            "s2c": _flow_view(session, session.server, session.client, session.s2c),
+            "c2s": _flow_view(session.c2s, session.s2c),
+            "s2c": _flow_view(session.s2c, session.c2s),
             "rule": session.rule.name,
             "log_at_end": session.rule.log_at_end,
             "in_ager": is_live,
@@ -286,15 +286,16 @@ class Api:
         return dict(self._host())
 
 
-def _flow_view(session: Session, source: Endpoint, destination: Endpoint, flow: Flow) -> JSON:
+def _flow_view(flow: Flow, reply: Flow) -> JSON:
+    session = flow.session
     return {
-        "source": str(ip_address(source.address)),
-        "source_zone": source.zone,
-        "destination": str(ip_address(destination.address)),
-        "destination_zone": destination.zone,
+        "source": str(ip_address(flow.address)),
+        "source_zone": flow.zone,
+        "destination": str(ip_address(reply.address)),
+        "destination_zone": reply.zone,
         "protocol": session.application.protocol,
-        "sport": source.port,
-        "dport": destination.port,
+        "sport": flow.port,
+        "dport": reply.port,
         "state": session.state,
         "type": session.type,
         "packets": flow.packet_count,

@@ -132,7 +132,7 @@ class Kernel:
         for element in work.installs:
             assert element.key not in self.elements
             self.elements[element.key] = [element.packet_count, element.byte_count, element.is_drop]
-            session = element.session
+            session = element.flow.session
             self.comments[element.key] = (session.id, element.flow is session.c2s, session.created_at)
         return Outcome(removed, {element.key: tuple(self.elements[element.key][:2]) for element in work.reads})
 
@@ -255,8 +255,9 @@ class Bench:
         unread = 0
         for key, (packets, _, is_drop) in self.kernel.elements.items():
             element = in_kernel[key]
-            assert element in element.session.elements and element.is_drop == is_drop
-            assert self.firewall.table.live(element.session.id) is element.session
+            session = element.flow.session
+            assert element in session.elements and element.is_drop == is_drop
+            assert self.firewall.table.live(session.id) is session
             unread += packets - element.packet_count
         assert self.offered == values["pkt_recv"] + unread
         allocated = values["session_allocated"]

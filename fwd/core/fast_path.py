@@ -72,6 +72,8 @@ class FastPath:
         self._elements: dict[ElementKey, Element] = {}
         #: All elements, the one looked at longest ago first; some that are gone are among them.
         self._rounds: deque[Element] = deque()
+        self._left_in_round = 0
+        self._next_round_at = 0.0
         self._next_slice_at = 0.0
         #: What a packet asks for: the element of a key, or None.
         self.lookup = self._elements.get
@@ -92,37 +94,37 @@ class FastPath:
         """Whether counts of removed elements have still to come."""
         return bool(self._removals)
 
-    def learn(self, key: ElementKey, session: Session, flow: Flow, first: Reading, now: float) -> bool:
-        """Repeat the session's decision for packets with this key from now on. False: there is no room.
+    def learn(self, key: ElementKey, flow: Flow, first: Reading, now: float) -> bool:
+        """Repeat the decision on the flow's session for packets with this key from now on. False: there is no room.
 
         `first` is what the daemon counted already under this key; the kernel goes on from there.
         """
+        session = flow.session
         if len(self._elements) >= self.capacity or len(session.elements) >= ELEMENTS_PER_SESSION:
             return False
-        element = Element(key, session, flow, *first, seen_at=now, read_at=now)
+        element = Element(key, flow, *first, now)
         self._take_in(element)
         if self.is_on and not session.rule.inspects_every_packet:
             element.place = Place.PENDING
             self.pending.append(element)
         return True
 
-    def adopt(self, found: Found, session: Session, flow: Flow, now: float) -> None:
+    def adopt(self, found: Found, flow: Flow, now: float) -> None:
         """Take over an element that is in the kernel already; what it counted is the caller's to add."""
-        element = Element(found.key, session, flow, *found.reading, seen_at=now, read_at=now, place=Place.KERNEL)
-        self._take_in(element)
+        self._take_in(Element(found.key, flow, *found.reading, now, Place.KERNEL))
 
     def _take_in(self, element: Element) -> None:
         self._elements[element.key] = element
-        element.session.elements.append(element)
+        element.flow.session.elements += (element,)
         self._rounds.append(element)
 
     def withdraw(self, elements: Iterable[Element]) -> None:
         """Repeat these no more; what the kernel counted under them comes with the next outcome."""
-        for element in tuple(elements):
-            self._forget(element)
+        gone = list(elements)
+        for element in gone:
             if element.place is Place.KERNEL:
                 self._removals.append(element)
-            element.place = Place.GONE
+        self._forget(gone)
 
     def retire(self, elements: Iterable[Element]) -> None:
         """Withdraw these soon, a slice at a time: there may be many."""
@@ -147,41 +149,35 @@ class FastPath:
     def forget_lost(self, element: Element) -> None:
         """The kernel says that it has this one no more."""
         if element.place is not Place.GONE:
-            self._forget(element)
-            element.place = Place.GONE
+            self._forget([element])
 
     def next_deadline(self) -> float | None:
         """When `sweep` wants to be called; None if there is nothing to look at."""
-        if self._retiring:
+        if self._retiring or self._left_in_round:
             return self._next_slice_at
-        if self._rounds:
-            return max(self._next_slice_at, self._rounds[0].read_at + SWEEP_INTERVAL_S)
-        return None
+        return self._next_round_at if self._rounds else None
 
     def sweep(self, now: float) -> list[Element]:
         """Look at the next slice of all elements, if it is time; gives those that only the daemon has."""
         if now < self._next_slice_at:
             return []
-        self.withdraw(
-            element
-            for element in (self._retiring.popleft() for _ in range(min(SWEEP_SLICE, len(self._retiring))))
-            if element.place is not Place.GONE
-        )
+        self._next_slice_at = now + SWEEP_PAUSE_S
+        retiring = [self._retiring.popleft() for _ in range(min(SWEEP_SLICE, len(self._retiring)))]
+        self.withdraw(element for element in retiring if element.place is not Place.GONE)
+        if not self._left_in_round and now >= self._next_round_at:
+            self._left_in_round = len(self._rounds)
+            self._next_round_at = now + SWEEP_INTERVAL_S
         own = []
-        for _ in range(min(SWEEP_SLICE, len(self._rounds))):
-            element = self._rounds[0]
+        for _ in range(min(SWEEP_SLICE, self._left_in_round)):
+            self._left_in_round -= 1
+            element = self._rounds.popleft()
             if element.place is Place.GONE:
-                self._rounds.popleft()
                 continue
-            if element.read_at + SWEEP_INTERVAL_S > now:
-                break
-            self._rounds.rotate(-1)
-            element.read_at = now
+            self._rounds.append(element)
             if element.place is Place.KERNEL:
                 self._reads.append(element)
             else:
                 own.append(element)
-        self._next_slice_at = now + SWEEP_PAUSE_S
         return own
 
     def take_work(self) -> Work | None:
@@ -197,7 +193,12 @@ class FastPath:
         self._removals, self._reads = [], []
         return work
 
-    def _forget(self, element: Element) -> None:
-        if self._elements.get(element.key) is element:
-            del self._elements[element.key]
-        element.session.elements.remove(element)
+    def _forget(self, elements: Iterable[Element]) -> None:
+        sessions = set()
+        for element in elements:
+            element.place = Place.GONE
+            sessions.add(element.flow.session)
+            if self._elements.get(element.key) is element:
+                del self._elements[element.key]
+        for session in sessions:
+            session.elements = tuple(element for element in session.elements if element.place is not Place.GONE)

@@ -44,7 +44,6 @@ from .session import (
     Application,
     Element,
     ElementKey,
-    Endpoint,
     Flow,
     FlowKey,
     Place,
@@ -54,7 +53,7 @@ from .session import (
 )
 from .settings import Settings, UnknownSpi
 from .state import EndReason, State, Trigger
-from .table import Entry, Key, SessionTable, TableFull
+from .table import Key, SessionTable, TableFull
 
 
 class Hook(IntEnum):
@@ -124,20 +123,20 @@ class Firewall:
         # A packet to or from this host has one interface only; the session shows it on both sides.
         ingress, egress = indev or outdev, outdev or indev
         key = self._key(packet, hook, ingress, egress)
-        entry = self.table.lookup(key)
-        if entry is None:
+        flow = self.table.lookup(key)
+        if flow is None:
             try:
-                entry = self._set_up(packet, key, hook, ingress, egress, now)
+                flow = self._set_up(packet, key, hook, ingress, egress, now)
             except TableFull:
                 return self._drop("flow_table_full")
-        session, flow = entry
+        session = flow.session
         if session.state is State.OPENING:
             zone = self._zone(ingress)
             self._promote(session, self.interfaces.name_of(ingress), zone, now)
-        verdict = self._account(session, flow, packet, now)
+        verdict = self._account(flow, packet, now)
         if packet.spi is not None and session.is_decided:
             first = (1, packet.length)
-            if not self.fast_path.learn((indev, outdev, packet.outer), session, flow, first, now):
+            if not self.fast_path.learn((indev, outdev, packet.outer), flow, first, now):
                 self.counters.add("fast_path_full")
         return verdict
 
@@ -271,11 +270,12 @@ class Firewall:
         refused = []
         for found in everything:
             try:
-                session, flow = self._revive(found, now)
+                flow = self._revive(found, now)
             except TableFull:
                 refused.append(found.key)
                 continue
-            self.fast_path.adopt(found, session, flow, now)
+            session = flow.session
+            self.fast_path.adopt(found, flow, now)
             self._count(flow, *found.reading)
             flow.note_spi(int.from_bytes(found.key[2][-4:]))
             if found.is_drop != (session.state is State.DISCARD):
@@ -299,11 +299,11 @@ class Firewall:
     def finish_hand_over(self, carriers: Iterable[Element], now: float) -> None:
         """The kernel's counters include what the daemon counted: whoever adopts the elements goes on from there."""
         for carrier in carriers:
-            session, flow = carrier.session, carrier.flow
-            others = [e for e in session.elements if e.flow is flow and e.place is Place.KERNEL]
+            flow = carrier.flow
+            others = [e for e in flow.session.elements if e.flow is flow and e.place is Place.KERNEL]
             packets = flow.packet_count - sum(element.packet_count for element in others)
             octets = flow.byte_count - sum(element.byte_count for element in others)
-            self.fast_path.learn(carrier.key, session, flow, (packets, octets), now)
+            self.fast_path.learn(carrier.key, flow, (packets, octets), now)
 
     def tunnel_session(self, sa: ChildSa) -> Session | None:
         """The live session of the tunnel that this SA belongs to."""
@@ -313,7 +313,8 @@ class Firewall:
 
     def _repeat(self, element: Element, length: int, now: float) -> Verdict:
         """The verdict on a packet like one that was decided before: under load, all that is done."""
-        flow, session, values = element.flow, element.session, self.counters.values
+        flow, values = element.flow, self.counters.values
+        session = flow.session
         flow.packet_count += 1
         flow.byte_count += length
         values["pkt_session"] += 1
@@ -328,7 +329,7 @@ class Firewall:
         packets, octets = reading[0] - element.packet_count, reading[1] - element.byte_count
         element.packet_count, element.byte_count = reading
         self._count(element.flow, packets, octets)
-        session = element.session
+        session = element.flow.session
         element.seen_at = session.last_seen_at = now
         if session.refresh_s:
             session.expires_at = self.ager.age(now) + session.refresh_s
@@ -341,7 +342,8 @@ class Firewall:
             self.counters.add(name, amount)
         self.counters.add("pkt_fast_path", packets)
 
-    def _account(self, session: Session, flow: Flow, packet: Packet, now: float) -> Verdict:
+    def _account(self, flow: Flow, packet: Packet, now: float) -> Verdict:
+        session = flow.session
         flow.packet_count += 1
         flow.byte_count += packet.length
         self.counters.add("pkt_session")
@@ -372,24 +374,21 @@ class Firewall:
 
     def _set_up(
         self, packet: Packet, key: Key, hook: int, ingress: int, egress: int, now: float, was: Found | None = None
-    ) -> Entry:
+    ) -> Flow:
         """Open a session for a packet that belongs to none; `was` says if there was one before. Raises TableFull."""
         if not isinstance(key, FlowKey):
             sa = self.directory.lookup(key)
             if sa is not None:  # its session was refused or lost its place: make it now
                 self._add_sa(sa, now)
-                entry = self.table.lookup(key)
-                if entry is not None:
-                    return entry
+                known = self.table.lookup(key)
+                if known is not None:
+                    return known
         application = GENERIC_APPLICATION[packet.kind]
         is_provisional = not isinstance(key, FlowKey)
         is_c2s = was is None or was.is_c2s
         sides = [
-            (
-                Endpoint(packet.src, self._zone(ingress), port_of(packet, packet.sport)),
-                self.interfaces.name_of(ingress),
-            ),
-            (Endpoint(packet.dst, self._zone(egress), port_of(packet, packet.dport)), self.interfaces.name_of(egress)),
+            (Flow(packet.src, self._zone(ingress), port_of(packet, packet.sport)), self.interfaces.name_of(ingress)),
+            (Flow(packet.dst, self._zone(egress), port_of(packet, packet.dport)), self.interfaces.name_of(egress)),
         ]
         (client, client_interface), (server, server_interface) = sides if is_c2s else reversed(sides)
         session = Session(
@@ -417,7 +416,7 @@ class Firewall:
         if is_provisional and session.state is State.ACTIVE:
             session.refresh_s = 0
             self.ager.arm(session, self.settings.unknown_spi_grace_s, now)
-        return session, flow
+        return flow
 
     def _take_in(self, session: Session, entries: Mapping[Key, Flow]) -> None:
         self.table.add(session, entries.items())
@@ -457,12 +456,12 @@ class Firewall:
             return
         flows = self._flows_of(session)
         pair = self._pair_key(session)
-        entry = self.table.lookup(pair)
-        if entry is None:
+        flow = self.table.lookup(pair)
+        if flow is None:
             self.table.index(session, {pair: session.c2s, pair.reversed(): session.s2c, **flows}.items())
             self._keep_alive(session, now)
             return
-        generic, flow = entry
+        generic = flow.session
         turned = flow is generic.s2c
         self._absorb(session, generic, turned)
         self.table.index(
@@ -482,25 +481,25 @@ class Firewall:
 
     def _flows_of(self, session: Session) -> dict[Key, Flow]:
         """The keys of a session, each with the flow that it leads to."""
-        entries = {key: self.table.lookup(key) for key in session.keys}
-        return {key: entry[1] for key, entry in entries.items() if entry is not None}
+        flows = {key: self.table.lookup(key) for key in session.keys}
+        return {key: flow for key, flow in flows.items() if flow is not None}
 
-    def _revive(self, found: Found, now: float) -> Entry:
+    def _revive(self, found: Found, now: float) -> Flow:
         """The session and flow of an element that a former daemon left in the kernel. Raises TableFull."""
         indev, outdev, outer = found.key
         hook = Hook.FORWARD if indev and outdev else Hook.INPUT if indev else Hook.OUTPUT
         packet = packet_of(outer)
         ingress, egress = indev or outdev, outdev or indev
         key = self._key(packet, hook, ingress, egress)
-        entry = self.table.lookup(key)
-        if entry is not None:
-            return entry
+        known = self.table.lookup(key)
+        if known is not None:
+            return known
         session = self.table.live(found.session_id)
         if session is None or isinstance(key, FlowKey) or not session.is_provisional:
             return self._set_up(packet, key, hook, ingress, egress, now, found)
         flow = session.flow(found.is_c2s)
         self.table.index(session, [(key, flow)])
-        return session, flow
+        return flow
 
     # --- sessions that the IKE daemon announces -------------------------------------------------------
 
@@ -515,12 +514,12 @@ class Firewall:
         if session is None:
             session = self._predict(sa, now)
         elif sa not in session.sas:
-            session.sas.append(sa)
+            session.sas += (sa,)
         flows: dict[Key, Flow] = {sa.key_in: session.flow_from(sa.remote), sa.key_out: session.flow_from(sa.local)}
         holders = self._holders(flows, session)
         if any(other.sas and other.state is not State.CLOSING for other in holders.values()):
             self.counters.add("sa_spi_conflict")
-            session.sas.remove(sa)
+            session.sas = tuple(known for known in session.sas if known != sa)
             return
         provisional = list(dict.fromkeys(other for other in holders.values() if other.is_provisional))
         if is_new and len(self.table) - len(provisional) >= self.table.capacity:
@@ -557,7 +556,7 @@ class Firewall:
         as on PAN-OS, where traffic to the firewall itself stays within a zone.
         """
         name, zone = self._interface_of(sa.local)
-        here, there = Endpoint(sa.local, zone, sa.spi_in), Endpoint(sa.remote, zone, sa.spi_out)
+        here, there = Flow(sa.local, zone, sa.spi_in), Flow(sa.remote, zone, sa.spi_out)
         client, server = (here, there) if sa.is_initiator else (there, here)
         application = Application.IPSEC_UDP
         return Session(
@@ -572,13 +571,13 @@ class Firewall:
             self.settings.timeouts_s[application],
             now,
             type=SessionType.PRED,
-            sas=[sa],
+            sas=(sa,),
         )
 
     def _holders(self, keys: Mapping[Key, Flow], session: Session) -> dict[Key, Session]:
         """Which other sessions have these keys now."""
-        entries = {key: self.table.lookup(key) for key in keys}
-        return {key: entry[0] for key, entry in entries.items() if entry is not None and entry[0] is not session}
+        flows = {key: self.table.lookup(key) for key in keys}
+        return {key: flow.session for key, flow in flows.items() if flow is not None and flow.session is not session}
 
     def _absorb(self, provisional: Session, session: Session, turned: bool) -> None:
         """Move what a provisional session counted to another one; it leaves no trace but its counter.
@@ -589,7 +588,7 @@ class Firewall:
         for is_c2s in (True, False):
             session.flow(is_c2s != turned).absorb(provisional.flow(is_c2s))
         for element in provisional.elements:
-            element.session, element.flow = session, session.flow((element.flow is provisional.c2s) != turned)
+            element.flow = session.flow((element.flow is provisional.c2s) != turned)
         session.elements += provisional.elements
         self.counters.add("session_absorbed")
 
@@ -609,7 +608,7 @@ class Firewall:
         if session is None or sa not in session.sas:
             return  # one that never got a session
         if len(session.sas) > 1:
-            session.sas.remove(sa)
+            session.sas = tuple(known for known in session.sas if known != sa)
             session.ports_of_sa()
             self._lingering.append((now + SA_LINGER_S, session, sa))
             return
@@ -671,7 +670,7 @@ class Firewall:
 
     # --- where and under which rule -------------------------------------------------------------------
 
-    def _rule(self, client: Endpoint, server: Endpoint, application: Application) -> Rule:
+    def _rule(self, client: Flow, server: Flow, application: Application) -> Rule:
         return self.settings.policy.lookup(client.zone, server.zone, client.address, server.address, application)
 
     def _zone(self, index: int) -> str:

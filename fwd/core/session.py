@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from .constants import GENERIC_ESP_PORT, PROTO_ESP, PROTO_UDP, SPIS_SEEN
 from .packet import Kind, Packet, packet_of
@@ -51,8 +51,7 @@ class SessionType(StrEnum):
     PRED = "PRED"
 
 
-@dataclass(frozen=True, slots=True)
-class FlowKey:
+class FlowKey(NamedTuple):
     """How a packet without a known SPI finds its session.
 
     Addresses are in network order; the UDP ports are 0 for plain ESP; the zones are None where the session
@@ -74,20 +73,25 @@ class FlowKey:
 
 @dataclass(slots=True, eq=False)
 class Flow:
-    """What one direction of a session carried: IP packets, their bytes (IP header included), their SPIs.
+    """One direction of a session: who sends, and what was carried.
 
-    `spis` holds the most recent SPIs in the order in which they were first seen.
+    `address` (network order), `zone` and `port` are the sender's; the port is what a session shows as such. Counted
+    are IP packets and their bytes, IP header included. `spis` holds the most recent SPIs in the order in which they
+    were first seen.
     """
 
+    address: bytes
+    zone: str
+    port: int
     packet_count: int = 0
     byte_count: int = 0
-    spis: list[int] = field(default_factory=list)
+    spis: tuple[int, ...] = ()
+    session: Session = field(init=False, repr=False)
 
     def note_spi(self, spi: int) -> None:
         """Remember an SPI seen on the wire, once; the oldest of more than SPIS_SEEN is forgotten."""
         if spi not in self.spis:
-            self.spis.append(spi)
-            del self.spis[:-SPIS_SEEN]
+            self.spis = (*self.spis, spi)[-SPIS_SEEN:]
 
     def absorb(self, other: Flow) -> None:
         """Take over what another flow counted; the other one is to be thrown away."""
@@ -115,38 +119,27 @@ class Place(Enum):
 class Element:
     """One SPI of a flow between two addresses and two interfaces: packets like it share its session's verdict.
 
-    `packet_count` and `byte_count` are the kernel's counter as read last, at `read_at`; the daemon's own counts go to
-    the flow directly. `seen_at` is when a packet was last noticed. Times are monotonic seconds.
+    `packet_count` and `byte_count` are the kernel's counter as read last; the daemon's own counts go to the flow
+    directly. `seen_at` is when a packet was last noticed, in monotonic seconds.
     """
 
     key: ElementKey
-    session: Session
     flow: Flow
     packet_count: int
     byte_count: int
     seen_at: float = 0.0
-    read_at: float = 0.0
     place: Place = Place.DAEMON
 
     @property
     def is_drop(self) -> bool:
         """Whether the verdict is to drop."""
-        return self.session.state is State.DISCARD
+        return self.flow.session.state is State.DISCARD
 
     @property
     def spi_key(self) -> SpiKey:
         """What a packet to or from this host with this key is looked up by."""
         packet = packet_of(self.key[2])
         return (packet.dst, packet.kind is Kind.ESP_IN_UDP, int.from_bytes(self.key[2][-4:]))
-
-
-@dataclass(slots=True)
-class Endpoint:
-    """One side of a session: address in network order, zone, and what is shown as its port."""
-
-    address: bytes
-    zone: str
-    port: int
 
 
 @dataclass(slots=True, eq=False)
@@ -161,8 +154,8 @@ class Session:
 
     id: int
     application: Application
-    client: Endpoint
-    server: Endpoint
+    c2s: Flow
+    s2c: Flow
     rule: Rule
     is_terminated: bool
     ingress: str
@@ -177,13 +170,24 @@ class Session:
     expires_at: float = 0.0
     refresh_s: int = 0
     armed_at: float | None = None
-    c2s: Flow = field(default_factory=Flow)
-    s2c: Flow = field(default_factory=Flow)
-    keys: list[FlowKey | SpiKey] = field(default_factory=list)
-    sas: list[ChildSa] = field(default_factory=list)
-    elements: list[Element] = field(default_factory=list)
+    keys: tuple[FlowKey | SpiKey, ...] = ()
+    sas: tuple[ChildSa, ...] = ()
+    elements: tuple[Element, ...] = field(default=(), repr=False)
     rekeys: int = 0
     udp_ports: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        self.c2s.session = self.s2c.session = self
+
+    @property
+    def client(self) -> Flow:
+        """The side that opened the session: what it sends is the c2s flow, which has its address, zone and port."""
+        return self.c2s
+
+    @property
+    def server(self) -> Flow:
+        """The other side, by what it sends."""
+        return self.s2c
 
     @property
     def packet_count(self) -> int:

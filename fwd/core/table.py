@@ -15,9 +15,6 @@ from .state import Trigger
 
 Key: TypeAlias = FlowKey | SpiKey
 
-#: What a packet key leads to: the session, and the flow of it that counts the packet.
-Entry: TypeAlias = tuple[Session, Flow]
-
 _MAX_ID = 2**31 - 1
 
 
@@ -37,10 +34,10 @@ class SessionTable:
         self.keep_ended = keep_ended
         self._live: dict[int, Session] = {}
         self._ended: dict[int, tuple[float, Session]] = {}
-        self._entries: dict[Key, Entry] = {}
+        self._flows: dict[Key, Flow] = {}
         self._last_id = 0
-        #: What a packet asks for, with no call in between: the entry of a key, or None.
-        self.lookup = self._entries.get
+        #: What a packet asks for, with no call in between: the flow that counts it, or None.
+        self.lookup = self._flows.get
 
     def __len__(self) -> int:
         return len(self._live)
@@ -93,21 +90,19 @@ class SessionTable:
         """Let further keys lead to the session, all or none. Raises KeyInUse and changes nothing."""
         wanted = dict(entries)
         for key in wanted:
-            taken = self._entries.get(key)
-            if taken is not None and taken[0] is not session:
+            taken = self._flows.get(key)
+            if taken is not None and taken.session is not session:
                 raise KeyInUse
-        for key, flow in wanted.items():
-            if key not in self._entries:
-                session.keys.append(key)
-            self._entries[key] = (session, flow)
+        session.keys += tuple(key for key in wanted if key not in self._flows)
+        self._flows.update(wanted)
 
     def unindex(self, session: Session, keys: Iterable[Key]) -> None:
         """Let these keys lead to the session no more; those of others stay."""
         for key in keys:
-            entry = self._entries.get(key)
-            if entry is not None and entry[0] is session:
-                del self._entries[key]
-                session.keys.remove(key)
+            flow = self._flows.get(key)
+            if flow is not None and flow.session is session:
+                del self._flows[key]
+        session.keys = tuple(key for key in session.keys if key in self._flows)
 
     def end(self, session: Session, now: float) -> None:
         """Take a live session out; it stays readable by its id for a while."""
@@ -121,7 +116,7 @@ class SessionTable:
 
     def remove(self, session: Session) -> None:
         """Take a live session out without a trace: its counts live on in another one."""
-        self.unindex(session, tuple(session.keys))
+        self.unindex(session, session.keys)
         del self._live[session.id]
 
     def forget_ended(self, before: float) -> None:

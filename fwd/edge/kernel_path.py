@@ -135,7 +135,7 @@ def _element(key: ElementKey, *attributes: bytes) -> bytes:
 
 
 def _new_element(element: Element) -> bytes:
-    session = element.session
+    session = element.flow.session
     side = "c2s" if element.flow is session.c2s else "s2c"
     since = time.time() - (time.monotonic() - session.created_at)
     return _element(

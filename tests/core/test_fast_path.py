@@ -246,7 +246,7 @@ class TestSuccessor:
         assert (session.client.address, session.client.zone, session.client.port) == (packed(LEFT), "trust", 20033)
         assert (session.ingress, session.egress) == ("left", "right")
         assert (session.c2s.packet_count, session.s2c.packet_count) == (3, 4)
-        assert (session.c2s.spis, session.s2c.spis) == ([7], [8])
+        assert (session.c2s.spis, session.s2c.spis) == ((7,), (8,))
         assert handled(bench) == 0
         assert bench.firewall.table.allocate_id() == 3
 

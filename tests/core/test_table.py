@@ -3,7 +3,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fwd.core.session import Application, Endpoint, Session
+from fwd.core.session import Application, Flow, Session
 from fwd.core.state import State, Trigger
 from fwd.core.table import KeyInUse, SessionTable, TableFull
 from tests.builders import ALLOW_ALL
@@ -12,7 +12,7 @@ KEYS = st.lists(st.tuples(st.just(b"addr"), st.booleans(), st.integers(1, 12)), 
 
 
 def new_session(session_id):
-    ends = Endpoint(b"\1" * 4, "any", 1), Endpoint(b"\2" * 4, "any", 2)
+    ends = Flow(b"\1" * 4, "any", 1), Flow(b"\2" * 4, "any", 2)
     return Session(session_id, Application.IPSEC_ESP, *ends, ALLOW_ALL, False, "a", "b", 3600, 0.0)
 
 
@@ -45,19 +45,19 @@ class TableMachine(RuleBasedStateMachine):
         else:
             self.table.add(session, entries)
             self.live[session_id] = session
-            self.keys.update({key: (session, flow) for key, flow in entries})
+            self.keys.update(entries)
 
     @precondition(lambda self: self.live)
     @rule(which=st.integers(0, 100), keys=KEYS)
     def index_more(self, which, keys):
         session = list(self.live.values())[which % len(self.live)]
         entries = [(key, session.s2c) for key in keys]
-        if any(key in self.keys and self.keys[key][0] is not session for key in keys):
+        if any(key in self.keys and self.keys[key].session is not session for key in keys):
             with pytest.raises(KeyInUse):
                 self.table.index(session, entries)
         else:
             self.table.index(session, entries)
-            self.keys.update(dict.fromkeys(keys, (session, session.s2c)))
+            self.keys.update(dict.fromkeys(keys, session.s2c))
 
     @precondition(lambda self: self.live)
     @rule(which=st.integers(0, 100), keys=KEYS)
@@ -65,7 +65,7 @@ class TableMachine(RuleBasedStateMachine):
         session = list(self.live.values())[which % len(self.live)]
         self.table.unindex(session, keys)
         for key in keys:
-            if key in self.keys and self.keys[key][0] is session:
+            if key in self.keys and self.keys[key].session is session:
                 del self.keys[key]
 
     @precondition(lambda self: self.live)
@@ -83,7 +83,7 @@ class TableMachine(RuleBasedStateMachine):
         else:
             self.table.remove(session)
         del self.live[session.id]
-        self.keys = {key: entry for key, entry in self.keys.items() if entry[0] is not session}
+        self.keys = {key: entry for key, entry in self.keys.items() if entry.session is not session}
 
     @rule(age=st.integers(0, 5))
     def forget(self, age):
@@ -103,7 +103,7 @@ class TableMachine(RuleBasedStateMachine):
                 assert self.table.lookup((b"addr", flag, number)) == self.keys.get((b"addr", flag, number))
         for session in self.live.values():
             assert self.table.find(session.id) is session is self.table.live(session.id)
-            assert set(session.keys) == {key for key, entry in self.keys.items() if entry[0] is session}
+            assert set(session.keys) == {key for key, entry in self.keys.items() if entry.session is session}
             assert len(session.keys) == len(set(session.keys))
         for session_id, (_, session) in self.ended.items():
             assert self.table.find(session_id) is session

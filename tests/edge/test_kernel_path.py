@@ -19,15 +19,15 @@ path = KernelPath()
 elements = []
 for size in (12, 16, 36, 40):
     for number in range(3):
-        flow = Flow()
-        session = SimpleNamespace(
+        flow = Flow(b"", "", 0)
+        flow.session = SimpleNamespace(
             id=10 * size + number,
             c2s=flow if number < 2 else None,
             created_at=time.monotonic() - 60,
             state=State.DISCARD if number == 1 else State.ACTIVE,
         )
         key = (1, 0 if number == 2 else 1, bytes([number + 1]) * (size - 4) + (4096 + number).to_bytes(4))
-        elements.append(Element(key, session, flow, 5 + number, 500 + number))
+        elements.append(Element(key, flow, 5 + number, 500 + number))
 
 def show(readings):
     return [readings.get(element.key) for element in elements]
@@ -96,7 +96,7 @@ def test_one_change_replaces_an_element():
 
 def test_many_elements_take_several_messages():
     (result,) = run(
-        "many = [Element((1, 1, n.to_bytes(12)), elements[0].session, elements[0].flow, n, n) for n in range(1000)]\n"
+        "many = [Element((1, 1, n.to_bytes(12)), elements[0].flow, n, n) for n in range(1000)]\n"
         "outcomes = [path.carry_out(work) for work in (Work(installs=many), Work(reads=many), Work(removals=many))]\n"
         "wanted = {element.key: (element.packet_count, element.byte_count) for element in many}\n"
         "print(json.dumps([outcomes[1].read == wanted, outcomes[2].removed == wanted]))\n"
@@ -106,7 +106,7 @@ def test_many_elements_take_several_messages():
 
 def test_full_maps_and_missing_tables_are_told():
     full, gone, removed = run(
-        "many = [Element((1, 1, n.to_bytes(12)), elements[0].session, elements[0].flow, n, n) for n in range(1025)]\n"
+        "many = [Element((1, 1, n.to_bytes(12)), elements[0].flow, n, n) for n in range(1025)]\n"
         "print(json.dumps(path.carry_out(Work(installs=many)).installed))\n"
         "Ruleset.remove()\n"
         "print(json.dumps(path.carry_out(Work(installs=many[:5])).installed))\n"
