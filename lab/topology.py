@@ -95,7 +95,7 @@ def load(name: str) -> Topology:
         tuple(_link(link) for link in plan["links"]),
         tuple(
             Tunnel(tunnel["name"], _pair(tunnel["ends"]), _pair(tunnel["outer"]), _pair(tunnel["inner"]))
-            for tunnel in plan["tunnels"]
+            for tunnel in plan.get("tunnels", [])
         ),
     )
 
