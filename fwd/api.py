@@ -219,6 +219,12 @@ class Api:
             "packet_rate": rate("pkt_recv", now),
             "throughput_kbps": rate("byte_session", now) * 8 / 1000,
             "new_session_rate": rate("session_allocated", now),
+            "fast_path": {
+                "on": firewall.fast_path.is_on,
+                "spis_in_kernel": firewall.fast_path.in_kernel,
+                "capacity": firewall.fast_path.capacity,
+                "packet_rate": rate("pkt_fast_path", now),
+            },
             "timeouts_s": {**settings.timeouts_s, "discard": settings.discard_timeout_s},
             "accelerated_ageing": {
                 "enabled": settings.ageing_factor > 1,

@@ -15,7 +15,8 @@ from typing import Any
 
 from .capture import Capture
 from .sandbox import LabError, Process, Sandbox, enter, outside_path
-from .strongswan import Charon, root_folder
+from .root_folder import root_folder
+from .strongswan import PACKAGES, ROOT, Charon
 from .topology import FOLDER, Topology, Tunnel, load
 
 #: The programs of the same installation as the Python that runs the lab.
@@ -148,7 +149,7 @@ class Lab:
         self, topology: str, *, is_detached: bool = False, say: Callable[[str], None] = lambda _: None
     ) -> None:
         self.topology: Topology = load(topology)
-        root = root_folder(say) if any(host.charon for host in self.topology.hosts) else Path()
+        root = root_folder(ROOT, PACKAGES, say) if any(host.charon for host in self.topology.hosts) else Path()
         self.sandbox = Sandbox(is_detached=is_detached)
         self.hosts: dict[str, Host] = {}
         try:

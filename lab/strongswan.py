@@ -6,14 +6,12 @@ Debian 13) then still sends and receives protocol 50, so that fwd meets the same
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -25,11 +23,9 @@ from vici import Session
 from .sandbox import LabError, Process, enter, outside_path
 from .topology import Tunnel
 
-_PACKAGES = (
-    "charon-systemd,strongswan-swanctl,libcharon-extra-plugins,libstrongswan-extra-plugins,iproute2,iputils-ping"
-)
-# In a pid namespace of its own nothing of a build goes on when the process that wanted it is killed.
-_LEASH = ("setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc")
+#: For root_folder.
+ROOT = "strongswan-trixie"
+PACKAGES = "charon-systemd,strongswan-swanctl,libcharon-extra-plugins,libstrongswan-extra-plugins,iproute2,iputils-ping"
 _PLUGINS = (
     "random nonce openssl aes sha1 sha2 hmac kdf pem pkcs1 x509 pubkey curve25519 drbg"
     " {ipsec} kernel-netlink socket-default vici updown"
@@ -61,39 +57,6 @@ charon-systemd {{
 """
 _SECRET = "a secret of the lab's, worth nothing"
 _START_S = 15.0
-
-
-def cache_folder() -> Path:
-    """Where the lab keeps what takes long to make."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "fwd-lab"
-
-
-def root_folder(say: Callable[[str], None] = lambda _: None) -> Path:
-    """The root folder with strongSwan in it; makes it if there is none. Raises LabError."""
-    folder = cache_folder()
-    root = folder / "strongswan-trixie"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two labs that start at once make it once
-        if root.exists():
-            return root
-        if shutil.which("mmdebstrap") is None:
-            raise LabError("mmdebstrap is not installed: apt-get install mmdebstrap")
-        say(f"making a root folder with strongSwan in {root}, once (about 30 s) ...")
-        unfinished = folder / "unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)  # of one that was killed: who holds the lock is alone
-        unfinished.mkdir()
-        try:
-            command = [*_LEASH, "mmdebstrap", "--variant=apt", f"--include={_PACKAGES}", "trixie", str(unfinished)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-            if done.returncode:
-                raise LabError(f"mmdebstrap failed, is Debian's mirror reachable? {done.stderr[-1000:]}")
-            unfinished.chmod(0o755)
-            unfinished.rename(root)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    return root
 
 
 @cache

@@ -130,9 +130,10 @@ def _sum16(octets: bytes) -> int:
 
 
 def send(
-    interface: str, mac: str, destination: str, *, count: int, sources: int, spis: int, size: int, cpu: int
+    interface: str, mac: str, destination: str, *, count: int, sources: int, spis: int, size: int, rate: int, cpu: int
 ) -> float:
-    """Send `count` packets; gives the seconds it took. Raises OSError where the kernel cannot do it."""
+    """Send `count` packets, in whole bursts if there is a rate; gives the seconds it took. Raises OSError where the kernel cannot do it."""
+    chunk = min(count, 1024) if rate else count
     if cpu >= 0:
         os.sched_setaffinity(0, {cpu})
     index = socket.if_nametoindex(interface)
@@ -158,10 +159,13 @@ def send(
     data, keep_data = _address(frame)
     context, keep_context = _address(struct.pack("=IIIIII", 0, len(frame), 0, index, 0, 0))
     run = struct.pack(
-        "=IIIIQQIIIIQQIII", loaded, 0, len(frame), 0, data, 0, count, 0, 24, 0, context, 0, _LIVE_FRAMES, 0, _BATCH
+        "=IIIIQQIIIIQQIII", loaded, 0, len(frame), 0, data, 0, chunk, 0, 24, 0, context, 0, _LIVE_FRAMES, 0, _BATCH
     )
     started = time.perf_counter()
-    _bpf(_PROG_TEST_RUN, run)
+    for sent in range(0, count, chunk):
+        _bpf(_PROG_TEST_RUN, run)
+        if rate and (ahead := (sent + chunk) / rate - (time.perf_counter() - started)) > 0:
+            time.sleep(ahead)
     elapsed = time.perf_counter() - started
     del keep_program, keep_licence, keep_data, keep_context
     return elapsed
@@ -177,6 +181,7 @@ def main() -> None:
     parser.add_argument("--sources", type=int, default=1, help="source addresses, in turn")
     parser.add_argument("--spis", type=int, default=1, help="SPIs, in turn, if there is one source address only")
     parser.add_argument("--size", type=int, default=84, help="bytes of ESP a packet, header included")
+    parser.add_argument("--rate", type=int, default=0, help="packets a second, in bursts of 1024; 0: as fast as can be")
     parser.add_argument("--cpu", type=int, default=-1, help="the CPU to stay on")
     print(send(**vars(parser.parse_args())))
 

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from lab import Lab, strongswan
+from lab import Lab
 from lab.lab import default_config, wait_for
+from lab.root_folder import root_folder
 from lab.running import FOLDER, Running, find, running
 from lab.sandbox import LabError
 
@@ -336,12 +337,12 @@ def fake_mmdebstrap(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) 
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    return folder / "fwd-lab" / "strongswan-trixie"
+    return folder / "fwd-lab" / "some-root"
 
 
 def test_labs_that_start_at_once_make_the_root_folder_once(tmp_path, monkeypatch):
     root = fake_mmdebstrap(tmp_path, monkeypatch, f'echo made >> {tmp_path}/made; sleep 0.3; touch "$root/whole"')
-    script = "from lab.strongswan import root_folder; root = root_folder(); print((root / 'whole').exists())"
+    script = "from lab.root_folder import root_folder; root = root_folder('some-root', 'p'); print((root / 'whole').exists())"
     both = [python("-c", script), python("-c", script)]
     assert [child.communicate(timeout=20)[0] for child in both] == ["True\n", "True\n"]
     assert (tmp_path / "made").read_text() == "made\n"
@@ -351,7 +352,7 @@ def test_labs_that_start_at_once_make_the_root_folder_once(tmp_path, monkeypatch
 def test_a_root_folder_that_failed_is_not_kept(tmp_path, monkeypatch):
     root = fake_mmdebstrap(tmp_path, monkeypatch, 'touch "$root/half"; echo no mirror >&2; exit 1')
     with pytest.raises(LabError, match="no mirror"):
-        strongswan.root_folder()
+        root_folder("some-root", "p")
     assert not root.exists()
     assert [path.name for path in root.parent.iterdir()] == ["lock"]
 
@@ -359,7 +360,7 @@ def test_a_root_folder_that_failed_is_not_kept(tmp_path, monkeypatch):
 def test_a_build_that_was_killed_goes_on_nowhere_and_is_made_anew(tmp_path, monkeypatch, held):
     root = fake_mmdebstrap(tmp_path, monkeypatch, f'echo made >> {tmp_path}/made; touch "$root/half"; sleep 60')
     unfinished = root.with_name("unfinished")
-    child = python("-c", "from lab.strongswan import root_folder; root_folder()")
+    child = python("-c", "from lab.root_folder import root_folder; root_folder('some-root', 'p')")
     wait_for(lambda: (unfinished / "half").exists(), "the build has begun")
     pids = descendants(child.pid)
     child.kill()
@@ -367,7 +368,7 @@ def test_a_build_that_was_killed_goes_on_nowhere_and_is_made_anew(tmp_path, monk
     gone(held, pids)
     assert not root.exists()
     (tmp_path / "bin" / "mmdebstrap").write_text('#!/bin/sh -e\nfor root; do :; done\ntouch "$root/whole"\n')
-    assert [path.name for path in strongswan.root_folder().iterdir()] == ["whole"]
+    assert [path.name for path in root_folder("some-root", "p").iterdir()] == ["whole"]
     assert not unfinished.exists()
 
 
@@ -375,7 +376,7 @@ def test_a_missing_mmdebstrap_is_named_with_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LabError, match="apt-get install mmdebstrap"):
-        strongswan.root_folder()
+        root_folder("some-root", "p")
 
 
 # --- the command line -----------------------------------------------------------------------------------------------

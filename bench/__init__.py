@@ -1,0 +1,1 @@
+"""What fwd costs, side by side with what a user would pick instead: `make bench`."""
