@@ -87,7 +87,7 @@ def forwarding(results: Results) -> None:
         with Rig() as plain, Rig() as fast:
             fwd = fast.start()
             fill(fast, fwd, sessions)
-            if sessions == SESSIONS[-1]:
+            if sessions == 100_000:
                 sweep(results, fast, fwd)
             used = cpu_seconds(fwd.process.pid)
             packets = 0

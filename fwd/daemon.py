@@ -122,7 +122,7 @@ class Daemon:
         """Go on where a former daemon stopped, if its decisions are still in the kernel."""
         if self._ruleset.backend is None or not self._ruleset.backend.has_maps:
             return
-        self._kernel = KernelPath()
+        self._kernel = KernelPath(self._ruleset.backend)
         found = self._kernel.find_all() if self._ruleset.kept_maps else []
         self._kernel.remove(self._firewall.adopt(found, time.monotonic()))
         if found:

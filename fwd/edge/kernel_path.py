@@ -1,7 +1,7 @@
 """The kernel's side of the fast path: elements in the maps of fwd's own nft tables (see ruleset.py).
 
-An element's key is `iif . oif . source . destination [. UDP ports] . SPI`, its verdict says whether to go on (to the
-`accept` of the rule) or to drop, its counter counts, and its comment names the session to whoever lists the table.
+An element's key is `iif . oif . source . destination [. UDP ports] . SPI`, its verdict is to accept or to drop, its counter
+counts, and its comment names the session to whoever lists the table.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..core.fast_path import Found, Outcome, Reading, Work
 from ..core.session import Element, ElementKey
 from . import nftables as nft
 from .nftables import Kind, Message, NftError, NftSocket
-from .ruleset import TABLE, maps
+from .ruleset import TABLE, Backend, maps
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +29,6 @@ _KEY, _DATA, _USERDATA, _EXPRESSION = 1, 2, 6, 7
 _SET_TABLE, _SET_NAME, _SET_ELEMENTS = 1, 2, 3
 _LIST_ELEMENT = 1
 
-_VERDICTS = {
-    is_drop: nft.verdict_data(_DATA, nft.NF_DROP if is_drop else nft.NFT_CONTINUE) for is_drop in (False, True)
-}
-
 #: Elements in one message: its list of them has room for 64 KiB.
 _PER_MESSAGE = 256
 
@@ -40,9 +36,11 @@ _PER_MESSAGE = 256
 class KernelPath:
     """Writes and reads the elements. The tables must be there."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: Backend) -> None:
         self._socket = NftSocket()
         self._maps = maps()
+        self._accept = nft.verdict_data(_DATA, backend.accepts)
+        self._drop = nft.verdict_data(_DATA, nft.NF_DROP)
 
     def close(self) -> None:
         """Give the socket back; the elements stay."""
@@ -87,7 +85,7 @@ class KernelPath:
         """One transaction: the last counts of what was removed, and whether the new elements are in place."""
         messages = [
             *self._messages(Kind.DELSETELEM, ((element.key, _element(element.key)) for element in removals)),
-            *self._messages(Kind.NEWSETELEM, ((element.key, _new_element(element)) for element in installs)),
+            *self._messages(Kind.NEWSETELEM, ((element.key, self._new_element(element)) for element in installs)),
         ]
         try:
             return _readings(self._socket.transact(messages)), True
@@ -115,6 +113,18 @@ class KernelPath:
                     readings.update(self._read([key]))
         return readings
 
+    def _new_element(self, element: Element) -> bytes:
+        session = element.flow.session
+        side = "c2s" if element.flow is session.c2s else "s2c"
+        spi = int.from_bytes(element.key[2][-4:])
+        since = time.time() - (time.monotonic() - session.created_at)
+        return _element(
+            element.key,
+            self._drop if element.is_drop else self._accept,
+            nft.comment(_USERDATA, f"session {session.id} {side}, SPI {spi}, since {since:.0f}"),
+            nft.counter(_EXPRESSION, element.packet_count, element.byte_count),
+        )
+
     def _messages(self, kind: Kind, elements: Iterable[tuple[ElementKey, bytes]]) -> Iterator[Message]:
         """As many messages as it takes: one is about one map, and not too long."""
         by_size: dict[int, list[bytes]] = {}
@@ -132,20 +142,6 @@ class KernelPath:
 def _element(key: ElementKey, *attributes: bytes) -> bytes:
     octets = _INTERFACES.pack(key[0], key[1]) + key[2]
     return nft.nested(_LIST_ELEMENT, nft.value(_KEY, octets), *attributes)
-
-
-def _new_element(element: Element) -> bytes:
-    session = element.flow.session
-    side = "c2s" if element.flow is session.c2s else "s2c"
-    since = time.time() - (time.monotonic() - session.created_at)
-    return _element(
-        element.key,
-        _VERDICTS[element.is_drop],
-        nft.comment(
-            _USERDATA, f"session {session.id} {side}, SPI {int.from_bytes(element.key[2][-4:])}, since {since:.0f}"
-        ),
-        nft.counter(_EXPRESSION, element.packet_count, element.byte_count),
-    )
 
 
 def _elements_in(answers: Iterable[bytes]) -> Iterator[tuple[ElementKey, dict[int, bytes]]]:

@@ -6,7 +6,7 @@ and reads them). What is in no map falls through to the queue. In nft's words:
 
     chain forward {
         type filter hook forward priority mangle; policy accept;
-        esp sequence != 0  iif . oif . ip saddr . ip daddr . esp spi vmap @esp  accept    # or drop: the element says
+        ip protocol esp  esp sequence != 0  iif . oif . ip saddr . ip daddr . esp spi vmap @esp    # accept or drop
         meta l4proto esp  goto undecided
         meta l4proto udp  goto udp
     }
@@ -77,6 +77,11 @@ class Backend(StrEnum):
     def has_maps(self) -> bool:
         """Whether the kernel can repeat decisions."""
         return self is not Backend.IPTABLES
+
+    @property
+    def accepts(self) -> int:
+        """The verdict of an element that lets packets pass: with a mark, the rule has more to do."""
+        return nft.NFT_CONTINUE if self is Backend.MARK else nft.NF_ACCEPT
 
     @property
     def words(self) -> str:
@@ -198,9 +203,10 @@ class Ruleset:
                 else:
                     yield nft.chain(family, TABLE, hook, number, _MANGLE)
         is_marked = backend is Backend.MARK
-        accept = (nft.mark(_DECIDED_MARK) if is_marked else b"") + nft.verdict(nft.NF_ACCEPT)
+        # An element whose verdict is to go on leads to this; see `decided`.
+        go_on = nft.mark(_DECIDED_MARK) + nft.verdict(nft.NF_ACCEPT) if is_marked else b""
         for hook in _HOOKS:
-            yield nft.rule(family, TABLE, hook, _protocol(_ESP), _decided(family, ESP_MAP), accept)
+            yield nft.rule(family, TABLE, hook, _decided(family, ESP_MAP), go_on)
             if hook != "forward":
                 side = nft.NFT_META_OIF if hook == "output" else nft.NFT_META_IIF
                 loopback = nft.meta(side, nft.NFT_REG_1) + nft.compare(_LOOPBACK, nft.NFT_REG_1)
@@ -210,7 +216,7 @@ class Ruleset:
             if is_marked:
                 yield nft.rule(family, TABLE, f"after_{hook}", nft.is_marked(_DECIDED_MARK), nft.unmark(_DECIDED_MARK))
         for side in (_DPORT, _SPORT):
-            yield nft.rule(family, TABLE, "udp", _port(side, _NAT_T_PORT), _decided(family, ESP_IN_UDP_MAP), accept)
+            yield nft.rule(family, TABLE, "udp", _port(side, _NAT_T_PORT), _decided(family, ESP_IN_UDP_MAP), go_on)
         for side in (_DPORT, _SPORT):
             for port in (_IKE_PORT, _NAT_T_PORT):
                 yield nft.rule(family, TABLE, "udp", _port(side, port), nft.verdict(nft.NFT_GOTO, "undecided"))
@@ -294,6 +300,14 @@ def _protocol(number: bytes) -> bytes:
     return nft.meta(nft.NFT_META_L4PROTO, nft.NFT_REG_1) + nft.compare(number, nft.NFT_REG_1)
 
 
+def _is_esp(family: int) -> bytes:
+    """Cheaper than asking for the protocol, which the kernel finds behind IPv6's extension headers."""
+    if family == nft.NFPROTO_IPV6:
+        return _protocol(_ESP)
+    load = nft.payload(nft.NFT_PAYLOAD_NETWORK_HEADER, 9, 1, nft.NFT_REG_1)
+    return load + nft.compare(_ESP, nft.NFT_REG_1)
+
+
 def _port(side: int, port: bytes) -> bytes:
     load = nft.payload(nft.NFT_PAYLOAD_TRANSPORT_HEADER, side, 2, nft.NFT_REG_1)
     return _protocol(_UDP) + load + nft.compare(port, nft.NFT_REG_1)
@@ -309,6 +323,7 @@ def _decided(family: int, name: str) -> bytes:
     esp = 8 if name == ESP_IN_UDP_MAP else 0
     register = nft.NFT_REG32_00
     parts = [
+        *([] if esp else [_is_esp(family)]),
         nft.payload(nft.NFT_PAYLOAD_TRANSPORT_HEADER, esp + 4, 4, register),
         nft.compare(bytes(4), register, equal=False),
         nft.meta(nft.NFT_META_IIF, register),

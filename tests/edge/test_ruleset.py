@@ -36,8 +36,8 @@ def test_the_rules_read_as_they_were_meant():
         "Ruleset(20, False, 1024, Backend.XT).install()\nprint(listed('nft list table ip fwd_dataplane'))\n"
     )
     lines = [line.strip() for line in text.splitlines()]
-    decided = "esp sequence != 0 iif . oif . ip saddr . ip daddr . esp spi vmap @esp accept"
-    in_udp = "@th,96,32 != 0x0 iif . oif . ip saddr . ip daddr . @th,0,32 . @th,64,32 vmap @esp_in_udp accept"
+    decided = "esp sequence != 0 iif . oif . ip saddr . ip daddr . esp spi vmap @esp"
+    in_udp = "@th,96,32 != 0x0 iif . oif . ip saddr . ip daddr . @th,0,32 . @th,64,32 vmap @esp_in_udp"
     undecided = ["meta l4proto esp goto undecided", "meta l4proto udp goto udp"]
     for hook, loopback in (("input", ['iif "lo" accept']), ("forward", []), ("output", ['oif "lo" accept'])):
         start = lines.index(f"chain {hook} {{")
