@@ -1,4 +1,4 @@
-"""`make bench`: measures, prints the table, writes results.json, and with --report docs/PERFORMANCE.md's table and plot."""
+"""`make bench`: measures, prints the tables, writes results.json and, of it, the table and the plot of the docs."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ class Result:
 
     @property
     def median(self) -> float:
+        """The middle one."""
         return median(self.values)
 
 

@@ -25,7 +25,7 @@ from .api import Api
 from .config import DEFAULT_PATH, Config, ConfigError, load
 from .core.events import Event, SessionCreated, SessionEnded, SessionRekeyed
 from .core.fast_path import Outcome
-from .core.firewall import Firewall, Verdict
+from .core.firewall import Firewall
 from .core.interfaces import InterfaceEvent
 from .core.sa import SaEvent, SaSnapshot, SaSourceLost
 from .core.session import Session
@@ -61,7 +61,7 @@ class Daemon:
         self._queue = PacketQueue(
             plane.queue,
             plane.queue_length,
-            self._decide,
+            self._firewall.receive_packet,
             self._firewall.drop_unhandled,
             self._firewall.fast_path.pending,
             self._serve_kernel,
@@ -114,9 +114,6 @@ class Daemon:
             log.info("stopping")
 
     # --- what the edges hand over -------------------------------------------------------------------
-
-    def _decide(self, octets: bytes, hook: int, indev: int, outdev: int) -> Verdict:
-        return self._firewall.receive_packet(octets, hook, indev, outdev, time.monotonic())
 
     def _start_fast_path(self) -> None:
         """Go on where a former daemon stopped, if its decisions are still in the kernel."""
@@ -261,7 +258,6 @@ class Daemon:
         self._firewall.fast_path.read_oldest()
         self._serve_kernel()
         values = self._firewall.counters.values
-        values["queue_overrun"] = self._queue.overruns
         values["control_request"], values["control_refused"] = self._control.requests, self._control.refused
         stats = kernel_queue_stats(self._queue.number)
         if stats is not None:

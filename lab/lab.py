@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import Any
 
 from .capture import Capture
-from .sandbox import LabError, Process, Sandbox, enter, outside_path
 from .root_folder import root_folder
+from .sandbox import LabError, Process, Sandbox, enter, outside_path
 from .strongswan import PACKAGES, ROOT, Charon
 from .topology import FOLDER, Topology, Tunnel, load
 

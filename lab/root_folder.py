@@ -1,4 +1,4 @@
-"""Root folders with packages of Debian 13 in them, made once and kept in a cache: programs newer than this machine's."""
+"""Root folders with packages of Debian 13 in them, made once and kept in a cache: programs newer than those here."""
 
 from __future__ import annotations
 

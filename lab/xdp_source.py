@@ -132,7 +132,7 @@ def _sum16(octets: bytes) -> int:
 def send(
     interface: str, mac: str, destination: str, *, count: int, sources: int, spis: int, size: int, rate: int, cpu: int
 ) -> float:
-    """Send `count` packets, in whole bursts if there is a rate; gives the seconds it took. Raises OSError where the kernel cannot do it."""
+    """Send `count` packets, in whole bursts if there is a rate; gives the seconds it took. Raises OSError."""
     chunk = min(count, 1024) if rate else count
     if cpu >= 0:
         os.sched_setaffinity(0, {cpu})

@@ -49,13 +49,17 @@ class Ager:
             if len(self._heap) > 2 * len(self._table) + 4096:
                 self._compact()
 
+    def is_due(self, session: Session, now: float) -> bool:
+        """Whether the session's time is up."""
+        return session.expires_at <= self.age(now) + _TICK_S  # a turn at `next_deadline` finds what it was meant for
+
     def resume(self, session: Session) -> None:
         """A session that was due is not, after all: its `expires_at` says when it will be."""
         self._push(session)
 
     def due(self, now: float) -> Iterator[Session]:
         """The sessions whose time is up; those left over by the bound on work come with the next turn."""
-        age = self.age(now) + _TICK_S  # a turn at `next_deadline` finds what it was meant for
+        age = self.age(now) + _TICK_S
         for _ in range(AGER_WORK_PER_TURN):
             if not self._heap or self._heap[0][0] > age:
                 return
@@ -64,10 +68,10 @@ class Ager:
             if session is None or session.armed_at != armed_at:
                 continue  # it ended, or has an earlier deadline by now
             session.armed_at = None
-            if session.expires_at > age:
-                self._push(session)
-            else:
+            if self.is_due(session, now):
                 yield session
+            else:
+                self._push(session)
 
     def next_deadline(self) -> float | None:
         """When `due` may have something to give, in monotonic seconds; None if nothing is armed."""

@@ -46,7 +46,6 @@ COUNTERS: Final[tuple[Counter, ...]] = (
     Counter("flow_policy_deny", "warn", "flow", "session", "Session setup: denied by policy"),
     Counter("queue_kernel_drop", "drop", "queue", "resource", "Packets the kernel dropped: queue was full"),
     Counter("queue_socket_drop", "drop", "queue", "resource", "Packets the kernel dropped: socket was full"),
-    Counter("queue_overrun", "warn", "queue", "resource", "Times the queue's socket buffer overran"),
     Counter("fast_path_full", "warn", "flow", "offload", "Decisions not repeated: too many SPIs at once"),
     Counter("fast_path_refused", "warn", "flow", "offload", "Decisions that the kernel would not take over"),
     Counter("fast_path_lost", "warn", "flow", "offload", "Decisions that vanished from the kernel, with their counts"),

@@ -12,12 +12,13 @@ its last count in one step, and the kernel's counts are read as absolutes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TypeAlias
 
 from .constants import ELEMENTS_PER_SESSION, READS_PER_REQUEST, SWEEP_INTERVAL_S, SWEEP_PAUSE_S, SWEEP_SLICE
+from .policy import Verdict
 from .session import Element, ElementKey, Flow, Place, Session
 
 #: Packets and bytes, as the kernel counted them since the element was made.
@@ -50,7 +51,7 @@ class Found:
     """An element that a former daemon left in the kernel; `started_at` in monotonic seconds, maybe negative."""
 
     key: ElementKey
-    is_drop: bool
+    verdict: Verdict
     reading: Reading
     session_id: int
     is_c2s: bool
@@ -58,10 +59,14 @@ class Found:
 
 
 class FastPath:
-    """All elements, and what is to be done about them. `capacity` is the most that the kernel's maps hold."""
+    """All elements, and what is to be done about them. `capacity` is the most that the kernel's maps hold.
 
-    def __init__(self, capacity: int) -> None:
+    `credit` is called to count what an element has in `own_packets`: now and then, and before anybody asks.
+    """
+
+    def __init__(self, capacity: int, credit: Callable[[Element], None]) -> None:
         self.capacity = capacity
+        self._credit = credit
         #: Whether new elements are handed on to the kernel.
         self.is_on = False
         #: Elements that wait for the kernel; verdicts have to wait for them. Always the same list.
@@ -94,7 +99,7 @@ class FastPath:
         """Whether counts of removed elements have still to come."""
         return bool(self._removals)
 
-    def learn(self, key: ElementKey, flow: Flow, first: Reading, now: float) -> bool:
+    def learn(self, key: ElementKey, flow: Flow, verdict: Verdict, first: Reading, now: float) -> bool:
         """Repeat the decision on the flow's session for packets with this key from now on. False: there is no room.
 
         `first` is what the daemon counted already under this key; the kernel goes on from there.
@@ -102,7 +107,7 @@ class FastPath:
         session = flow.session
         if len(self._elements) >= self.capacity or len(session.elements) >= ELEMENTS_PER_SESSION:
             return False
-        element = Element(key, flow, *first, now)
+        element = Element(key, flow, verdict, *first, now)
         self._take_in(element)
         if self.is_on and not session.rule.inspects_every_packet:
             element.place = Place.PENDING
@@ -111,7 +116,7 @@ class FastPath:
 
     def adopt(self, found: Found, flow: Flow, now: float) -> None:
         """Take over an element that is in the kernel already; what it counted is the caller's to add."""
-        self._take_in(Element(found.key, flow, *found.reading, now, Place.KERNEL))
+        self._take_in(Element(found.key, flow, found.verdict, *found.reading, now, Place.KERNEL))
 
     def _take_in(self, element: Element) -> None:
         self._elements[element.key] = element
@@ -122,6 +127,7 @@ class FastPath:
         """Repeat these no more; what the kernel counted under them comes with the next outcome."""
         gone = list(elements)
         for element in gone:
+            self._credit(element)
             if element.place is Place.KERNEL:
                 self._removals.append(element)
         self._forget(gone)
@@ -131,20 +137,25 @@ class FastPath:
         self._retiring.extend(elements)
 
     def read(self, session: Session) -> bool:
-        """Ask the kernel for the counts of a session; False if it has none."""
+        """Bring the counts of a session up to date, and ask the kernel for its own; False if it has none."""
+        for element in session.elements:
+            self._credit(element)
         asked = [element for element in session.elements if element.place is Place.KERNEL]
         self._reads += asked
         return bool(asked)
 
     def read_sessions(self, sessions: Iterable[Session]) -> None:
-        """Ask the kernel for the counts of these sessions, READS_PER_REQUEST at most: somebody waits for them."""
+        """The same for these sessions, with READS_PER_REQUEST questions at most: somebody waits for the answer."""
         for session in sessions:
             if len(self._reads) < READS_PER_REQUEST:
                 self.read(session)
 
     def read_oldest(self) -> None:
-        """Ask the kernel for the counts that were read longest ago, READS_PER_REQUEST at most."""
-        self._reads += [e for e in islice(self._rounds, READS_PER_REQUEST) if e.place is Place.KERNEL]
+        """The same for the elements that were looked at longest ago."""
+        for element in islice(self._rounds, READS_PER_REQUEST):
+            self._credit(element)
+            if element.place is Place.KERNEL:
+                self._reads.append(element)
 
     def forget_lost(self, element: Element) -> None:
         """The kernel says that it has this one no more."""
@@ -174,6 +185,7 @@ class FastPath:
             if element.place is Place.GONE:
                 continue
             self._rounds.append(element)
+            self._credit(element)
             if element.place is Place.KERNEL:
                 self._reads.append(element)
             else:

@@ -8,15 +8,16 @@
     firewall.handle_timer(now)               # at firewall.next_deadline() at the latest
     while (event := firewall.next_event()):  # what there is to tell
 
-Every packet gets exactly one verdict, and is counted in exactly one place: a flow (`_account`, or `_repeat` where the
-decision stands already, or `_credit` where the kernel repeated it) or a drop counter (`_drop`).
+Every packet gets exactly one verdict, and is counted in exactly one place: a flow (`_account`), an element that
+repeats the flow's verdict, in the daemon or in the kernel (`_count` brings its counts to the flow), or a drop counter
+(`_drop`).
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from enum import Enum, IntEnum
+from enum import IntEnum
 
 from .ager import Ager
 from .constants import CLEAR_SLICE, ELEMENT_IDLE_S, SA_LINGER_S, UNKNOWN_SPI_KEYS
@@ -24,8 +25,8 @@ from .counters import Counters
 from .events import Event, SessionCreated, SessionDiscarded, SessionEnded, SessionPromoted, SessionRekeyed
 from .fast_path import FastPath, Found, Outcome, Reading, Work
 from .interfaces import InterfaceEvent, InterfaceTable
-from .packet import Packet, PacketError, length_of, outer_of, packet_of, parse
-from .policy import Action, Rule
+from .packet import Packet, PacketError, packet_of, parse, peek
+from .policy import Action, Rule, Verdict
 from .sa import (
     ChildSa,
     SaAdded,
@@ -64,13 +65,6 @@ class Hook(IntEnum):
     OUTPUT = 3
 
 
-class Verdict(Enum):
-    """What becomes of the packet."""
-
-    ACCEPT = "accept"
-    DROP = "drop"
-
-
 _SA_COUNTERS: Mapping[type[SaEvent], str] = {
     SaEstablished: "sa_established",
     SaRekeyed: "sa_rekeyed",
@@ -96,7 +90,9 @@ class Firewall:
         self.counters = Counters(now)
         self.directory = SaDirectory()
         self.interfaces = InterfaceTable()
-        self.fast_path = FastPath(2 * settings.max_sessions)  # one element each way is what most sessions need
+        # One element each way is what most sessions need.
+        self.fast_path = FastPath(2 * settings.max_sessions, self._credit)
+        self._element = self.fast_path.lookup
         self.started_at = now
         self._tunnels: dict[TunnelKey, Session] = {}
         self._lingering: deque[tuple[float, Session, ChildSa]] = deque()
@@ -112,10 +108,14 @@ class Firewall:
 
         A copy cut short after the headers will do. Never raises for what the bytes contain.
         """
-        self.counters.values["pkt_recv"] += 1
-        outer = outer_of(octets)
-        if outer and (element := self.fast_path.lookup((indev, outdev, outer))) is not None:
-            return self._repeat(element, length_of(octets), now)
+        if plain := peek(octets):
+            element = self._element((indev, outdev, plain[0]))
+            if element is not None:  # like one that was decided before: under load, this is all that is done
+                element.own_packets += 1
+                element.own_bytes += plain[1]
+                element.seen_at = now
+                return element.verdict
+        self.counters.add("pkt_recv")
         try:
             packet = parse(octets)
         except PacketError as error:
@@ -136,7 +136,7 @@ class Firewall:
         verdict = self._account(flow, packet, now)
         if packet.spi is not None and session.is_decided:
             first = (1, packet.length)
-            if not self.fast_path.learn((indev, outdev, packet.outer), flow, first, now):
+            if not self.fast_path.learn((indev, outdev, packet.outer), flow, verdict, first, now):
                 self.counters.add("fast_path_full")
         return verdict
 
@@ -248,18 +248,18 @@ class Firewall:
                 if reading is None:
                     self.fast_path.forget_lost(element)
                     self.counters.add("fast_path_lost")
-                elif reading[0] != element.packet_count:
-                    self._credit(element, reading, now)
+                elif reading[0] != element.kernel_packets:
+                    self._credit_reading(element, reading, now)
                 elif element.seen_at < idle_since and element.place is Place.KERNEL:
                     self.fast_path.withdraw((element,))
         asked, self._asked = self._asked, []
         for session in asked:
             if self.table.live(session.id) is not session:
                 continue
-            if session.expires_at > self.ager.age(now):
-                self.ager.resume(session)
-            else:
+            if self.ager.is_due(session, now):
                 self._time_is_up(session, now)
+            else:
+                self.ager.resume(session)
 
     def adopt(self, everything: Iterable[Found], now: float) -> list[ElementKey]:
         """Take over what a former daemon left in the kernel: its sessions go on, with what was counted under them.
@@ -276,9 +276,10 @@ class Firewall:
                 continue
             session = flow.session
             self.fast_path.adopt(found, flow, now)
-            self._count(flow, *found.reading)
+            self._count(session.elements[-1], *found.reading)
+            self.counters.add("pkt_fast_path", found.reading[0])
             flow.note_spi(int.from_bytes(found.key[2][-4:]))
-            if found.is_drop != (session.state is State.DISCARD):
+            if (found.verdict is Verdict.DROP) != (session.state is State.DISCARD):
                 self.fast_path.withdraw(session.elements)  # today it is decided otherwise
         return refused
 
@@ -289,9 +290,11 @@ class Firewall:
         """
         carriers = []
         for session in self.table:
+            for element in session.elements:
+                self._credit(element)
             for flow in (session.c2s, session.s2c):
                 elements = [e for e in session.elements if e.flow is flow and e.place is Place.KERNEL]
-                if elements and flow.packet_count != sum(element.packet_count for element in elements):
+                if elements and flow.packet_count != sum(element.kernel_packets for element in elements):
                     carriers.append(elements[0])
         self.fast_path.withdraw(carriers)
         return carriers
@@ -301,9 +304,9 @@ class Firewall:
         for carrier in carriers:
             flow = carrier.flow
             others = [e for e in flow.session.elements if e.flow is flow and e.place is Place.KERNEL]
-            packets = flow.packet_count - sum(element.packet_count for element in others)
-            octets = flow.byte_count - sum(element.byte_count for element in others)
-            self.fast_path.learn(carrier.key, flow, (packets, octets), now)
+            packets = flow.packet_count - sum(element.kernel_packets for element in others)
+            octets = flow.byte_count - sum(element.kernel_bytes for element in others)
+            self.fast_path.learn(carrier.key, flow, carrier.verdict, (packets, octets), now)
 
     def tunnel_session(self, sa: ChildSa) -> Session | None:
         """The live session of the tunnel that this SA belongs to."""
@@ -311,36 +314,33 @@ class Firewall:
 
     # --- one verdict, one place to count ------------------------------------------------------------
 
-    def _repeat(self, element: Element, length: int, now: float) -> Verdict:
-        """The verdict on a packet like one that was decided before: under load, all that is done."""
-        flow, values = element.flow, self.counters.values
-        session = flow.session
-        flow.packet_count += 1
-        flow.byte_count += length
-        values["pkt_session"] += 1
-        values["byte_session"] += length
-        element.seen_at = session.last_seen_at = now
-        if session.refresh_s:
-            session.expires_at = self.ager.age(now) + session.refresh_s
-        return Verdict.DROP if session.state is State.DISCARD else Verdict.ACCEPT
+    def _credit(self, element: Element) -> None:
+        """Count what the daemon answered from an element."""
+        if element.own_packets:
+            self._count(element, element.own_packets, element.own_bytes)
+            element.own_packets = element.own_bytes = 0
 
-    def _credit(self, element: Element, reading: Reading, now: float) -> None:
+    def _credit_reading(self, element: Element, reading: Reading, now: float) -> None:
         """Count what the kernel counted under an element since it was read last."""
-        packets, octets = reading[0] - element.packet_count, reading[1] - element.byte_count
-        element.packet_count, element.byte_count = reading
-        self._count(element.flow, packets, octets)
-        session = element.flow.session
-        element.seen_at = session.last_seen_at = now
-        if session.refresh_s:
-            session.expires_at = self.ager.age(now) + session.refresh_s
+        packets, octets = reading[0] - element.kernel_packets, reading[1] - element.kernel_bytes
+        element.kernel_packets, element.kernel_bytes = reading
+        element.seen_at = now
+        self._count(element, packets, octets)
+        self.counters.add("pkt_fast_path", packets)
 
-    def _count(self, flow: Flow, packets: int, octets: int) -> None:
-        """Packets that the kernel decided on by itself."""
-        flow.packet_count += packets
-        flow.byte_count += octets
+    def _count(self, element: Element, packets: int, octets: int) -> None:
+        """Packets that were decided like one before them."""
+        element.flow.packet_count += packets
+        element.flow.byte_count += octets
         for name, amount in (("pkt_recv", packets), ("pkt_session", packets), ("byte_session", octets)):
             self.counters.add(name, amount)
-        self.counters.add("pkt_fast_path", packets)
+        self._prolong(element.flow.session, element.seen_at)
+
+    def _prolong(self, session: Session, seen_at: float) -> None:
+        """A packet was seen: the session lives so much longer."""
+        session.last_seen_at = max(session.last_seen_at, seen_at)
+        if session.refresh_s:
+            session.expires_at = max(session.expires_at, self.ager.age(seen_at) + session.refresh_s)
 
     def _account(self, flow: Flow, packet: Packet, now: float) -> Verdict:
         session = flow.session
@@ -352,9 +352,7 @@ class Firewall:
             flow.note_spi(packet.spi)
             if session.sas:
                 session.ports_of_sa()
-        session.last_seen_at = now
-        if session.refresh_s:
-            session.expires_at = self.ager.age(now) + session.refresh_s
+        self._prolong(session, now)
         return Verdict.DROP if session.state is State.DISCARD else Verdict.ACCEPT
 
     def _drop(self, counter: str) -> Verdict:
@@ -469,9 +467,7 @@ class Firewall:
         )
         spi_keys = [key for key in generic.keys if not isinstance(key, FlowKey)]
         self._unindex(generic, spi_keys[:-UNKNOWN_SPI_KEYS])
-        if session.last_seen_at > generic.last_seen_at:
-            generic.last_seen_at = session.last_seen_at
-            generic.expires_at = self.ager.age(session.last_seen_at) + generic.refresh_s
+        self._prolong(generic, session.last_seen_at)
 
     def _pair_key(self, session: Session) -> FlowKey:
         """The key of the one generic session that all unknown SPIs between two peers share in the end."""
@@ -631,7 +627,10 @@ class Firewall:
 
     def _expire(self, session: Session, now: float) -> None:
         """The ager says that a session's time is up, as far as the daemon knows."""
-        if session.refresh_s and self.fast_path.read(session):
+        is_asked = session.refresh_s and self.fast_path.read(session)
+        if not self.ager.is_due(session, now):
+            self.ager.resume(session)
+        elif is_asked:
             self._asked.append(session)  # the kernel may have seen its packets
         else:
             self._time_is_up(session, now)

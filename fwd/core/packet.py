@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 from struct import Struct
+from struct import error as StructError
 
 from .constants import (
     IKE_PORT,
@@ -71,7 +72,7 @@ class Packet:
 
     @property
     def outer(self) -> bytes:
-        """Addresses, UDP ports if any, and SPI, as they stand in the packet: what `outer_of` finds in a plain one."""
+        """Addresses, UDP ports if any, and SPI, as they stand in the packet: what `peek` finds in a plain one."""
         if self.spi is None:
             return b""
         ports = _TWO_PORTS(self.sport, self.dport) if self.kind is Kind.ESP_IN_UDP else b""
@@ -82,6 +83,9 @@ _TWO_PORTS = Struct("!HH").pack
 _TWO_WORDS = Struct("!II").unpack_from
 _TWO_HALVES = Struct("!HH").unpack_from
 _HALF = Struct("!H").unpack_from
+_HALF_AND_BYTE = Struct("!HB").unpack_from
+#: Version and header length, total length, fragment, protocol, and the 12 bytes from the source address on.
+_IPV4_PLAIN = Struct("!BxHxxHxBxx12s").unpack_from
 
 _IPV4_HEADER = 20  # RFC 791 section 3.1, without options
 _IPV6_HEADER = 40  # RFC 8200 section 3
@@ -109,43 +113,35 @@ def parse(octets: bytes) -> Packet:
     raise PacketError(Malformation.IP_VERSION)
 
 
-def outer_of(octets: bytes) -> bytes:
-    """The same as `parse(octets).outer` for a packet without IP options and the like, at a tenth of the cost.
+def peek(octets: bytes) -> tuple[bytes, int] | None:
+    """`outer` and length of what `parse` gives, at a fifth of its cost, for a packet without IP options and the like.
 
-    Empty for any other packet, and for one that may be malformed: `parse` finds out.
+    None for any other packet, and for one that may be malformed: `parse` finds out.
     """
-    if len(octets) < _IPV4_HEADER + 8:
-        return b""
-    if octets[0] == 0x45:  # IPv4, no options; what stands below is no later fragment
-        if octets[6] & 0x1F or octets[7]:
-            return b""
-        if octets[9] == PROTO_ESP:
-            return octets[12:24] if octets[2] or octets[3] >= _IPV4_HEADER + 8 else b""
-        if (
-            octets[9] == PROTO_UDP
-            and (octets[2] or octets[3] >= _IPV4_HEADER + 16)
-            and len(octets) >= _IPV4_HEADER + 16
-        ):
-            return octets[12:24] + octets[28:32]
-    elif octets[0] >> 4 == 6 and (octets[4] or octets[5] >= 8):
-        if octets[6] == PROTO_ESP and len(octets) >= _IPV6_HEADER + 8:
-            return octets[8:44]
-        if octets[6] == PROTO_UDP and (octets[4] or octets[5] >= 16) and len(octets) >= _IPV6_HEADER + 16:
-            return octets[8:44] + octets[48:52]
-    return b""
+    try:
+        first, length, fragment, protocol, outer = _IPV4_PLAIN(octets)
+    except StructError:
+        return None
+    if first == 0x45 and not fragment & 0x1FFF:
+        if protocol == PROTO_ESP and length >= 28 and len(octets) >= 28:
+            return outer, length
+        if protocol == PROTO_UDP and length >= 36 and len(octets) >= 36:
+            return outer + octets[28:32], length
+    elif first >> 4 == 6:
+        payload, protocol = _HALF_AND_BYTE(octets, 4)
+        if protocol == PROTO_ESP and payload >= 8 and len(octets) >= 48:
+            return octets[8:44], 40 + payload
+        if protocol == PROTO_UDP and payload >= 16 and len(octets) >= 56:
+            return octets[8:44] + octets[48:52], 40 + payload
+    return None
 
 
 def packet_of(outer: bytes) -> Packet:
-    """A packet, of no length, with these addresses, UDP ports and SPI: the way back from `outer_of`."""
+    """A packet, of no length, with these addresses, UDP ports and SPI: the way back from `peek`."""
     has_ports = len(outer) % 8 == 0  # addresses and SPI are an odd number of words
     size = (len(outer) - (8 if has_ports else 4)) // 2
     kind, ports = (Kind.ESP_IN_UDP, _TWO_HALVES(outer, 2 * size)) if has_ports else (Kind.ESP, (0, 0))
     return Packet(kind, outer[:size], outer[size : 2 * size], 0, int.from_bytes(outer[-4:]), None, *ports)
-
-
-def length_of(octets: bytes) -> int:
-    """The length in bytes of a whole IP packet for which `outer_of` found something."""
-    return octets[2] << 8 | octets[3] if octets[0] == 0x45 else _IPV6_HEADER + (octets[4] << 8 | octets[5])
 
 
 def _parse_ipv4(octets: bytes) -> Packet:

@@ -7,8 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum, StrEnum
 from fnmatch import fnmatchcase
+
+
+class Verdict(Enum):
+    """What becomes of a packet."""
+
+    ACCEPT = "accept"
+    DROP = "drop"
 
 
 class Action(StrEnum):

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 
 from .constants import GENERIC_ESP_PORT, PROTO_ESP, PROTO_UDP, SPIS_SEEN
 from .packet import Kind, Packet, packet_of
-from .policy import Rule
+from .policy import Rule, Verdict
 from .sa import ChildSa, SpiKey
 from .state import EndReason, State, Trigger, next_state
 
@@ -119,21 +119,20 @@ class Place(Enum):
 class Element:
     """One SPI of a flow between two addresses and two interfaces: packets like it share its session's verdict.
 
-    `packet_count` and `byte_count` are the kernel's counter as read last; the daemon's own counts go to the flow
-    directly. `seen_at` is when a packet was last noticed, in monotonic seconds.
+    `kernel_packets` and `kernel_bytes` are the kernel's counter as read last. What the daemon answered itself is
+    counted in `own_packets` and `own_bytes` until it is credited to the flow. `seen_at` is when a packet was last
+    noticed, in monotonic seconds.
     """
 
     key: ElementKey
     flow: Flow
-    packet_count: int
-    byte_count: int
+    verdict: Verdict
+    kernel_packets: int
+    kernel_bytes: int
     seen_at: float = 0.0
     place: Place = Place.DAEMON
-
-    @property
-    def is_drop(self) -> bool:
-        """Whether the verdict is to drop."""
-        return self.flow.session.state is State.DISCARD
+    own_packets: int = 0
+    own_bytes: int = 0
 
     @property
     def spi_key(self) -> SpiKey:

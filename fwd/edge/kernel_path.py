@@ -1,7 +1,7 @@
 """The kernel's side of the fast path: elements in the maps of fwd's own nft tables (see ruleset.py).
 
-An element's key is `iif . oif . source . destination [. UDP ports] . SPI`, its verdict is to accept or to drop, its counter
-counts, and its comment names the session to whoever lists the table.
+An element's key is `iif . oif . source . destination [. UDP ports] . SPI`, its verdict is to accept or to drop, its
+counter counts, and its comment names the session to whoever lists the table.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from ..core.fast_path import Found, Outcome, Reading, Work
+from ..core.policy import Verdict
 from ..core.session import Element, ElementKey
 from . import nftables as nft
 from .nftables import Kind, Message, NftError, NftSocket
@@ -39,8 +40,10 @@ class KernelPath:
     def __init__(self, backend: Backend) -> None:
         self._socket = NftSocket()
         self._maps = maps()
-        self._accept = nft.verdict_data(_DATA, backend.accepts)
-        self._drop = nft.verdict_data(_DATA, nft.NF_DROP)
+        self._verdicts = {
+            Verdict.ACCEPT: nft.verdict_data(_DATA, backend.accepts),
+            Verdict.DROP: nft.verdict_data(_DATA, nft.NF_DROP),
+        }
 
     def close(self) -> None:
         """Give the socket back; the elements stay."""
@@ -74,9 +77,9 @@ class KernelPath:
                 assert 8 + len(key[2]) == size
                 words = _COMMENT.match(nft.comment_in(attributes.get(_USERDATA, b"")) or "")
                 session, side, since = words.groups() if words else ("0", "c2s", f"{time.time():.0f}")
-                is_drop = nft.verdict_in(attributes[_DATA]) == nft.NF_DROP
+                verdict = Verdict.DROP if nft.verdict_in(attributes[_DATA]) == nft.NF_DROP else Verdict.ACCEPT
                 reading = _reading(attributes)
-                found.append(Found(key, is_drop, reading, int(session), side == "c2s", int(since) - offset))
+                found.append(Found(key, verdict, reading, int(session), side == "c2s", int(since) - offset))
         return found
 
     def _change(
@@ -120,9 +123,9 @@ class KernelPath:
         since = time.time() - (time.monotonic() - session.created_at)
         return _element(
             element.key,
-            self._drop if element.is_drop else self._accept,
+            self._verdicts[element.verdict],
             nft.comment(_USERDATA, f"session {session.id} {side}, SPI {spi}, since {since:.0f}"),
-            nft.counter(_EXPRESSION, element.packet_count, element.byte_count),
+            nft.counter(_EXPRESSION, element.kernel_packets, element.kernel_bytes),
         )
 
     def _messages(self, kind: Kind, elements: Iterable[tuple[ElementKey, bytes]]) -> Iterator[Message]:

@@ -1,27 +1,27 @@
 """The kernel's packet queue: every packet that comes out of it goes back with one verdict.
 
-The `netfilterqueue` package reads until the queue is empty, which a flood never lets happen, and swallows
-ENOBUFS. Both are cured where it asks for the next message: `_Budget.recv` stands between it and the socket.
+The `netfilterqueue` package reads until the queue is empty, which a flood never lets happen. An exception that is
+raised behind the verdict on a turn's last packet ends its loop; nothing is left without a verdict by that.
+Packets that the kernel drops because the queue or the socket is full stand in queue_stats.py.
 """
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import logging
-import os
-import socket
 import warnings
 from collections.abc import Callable, Sized
+from time import monotonic
 from typing import TypeAlias
 
 from netfilterqueue import NetfilterQueue, Packet
 
-from ..core.firewall import Verdict
+from ..core.policy import Verdict
 
 log = logging.getLogger(__name__)
 
-#: octets from the IP header on (cut at 4016 bytes), netfilter hook, indices of the interfaces in and out.
-Decide: TypeAlias = Callable[[bytes, int, int, int], Verdict]
+#: octets from the IP header on (cut at 4016 bytes), netfilter hook, indices of the interfaces in and out, the time.
+Decide: TypeAlias = Callable[[bytes, int, int, int, float], Verdict]
 
 #: Room for a whole queue of packets on the netlink socket, in bytes; the kernel doubles it.
 _SOCKET_BYTES = 8 * 2**20
@@ -31,27 +31,8 @@ class QueueError(Exception):
     """The queue cannot be had; the message says what to do."""
 
 
-class _Budget:
-    """The queue's socket, which says "nothing more" once it handed out so many messages."""
-
-    def __init__(self, fd: int) -> None:
-        self._socket = socket.socket(fileno=os.dup(fd))
-        self.left = 0
-        self.overruns = 0
-
-    def recv(self, size: int) -> bytes:
-        if not self.left:
-            raise BlockingIOError(errno.EAGAIN, "budget used up")
-        self.left -= 1
-        try:
-            return self._socket.recv(size, socket.MSG_DONTWAIT)
-        except OSError as error:
-            if error.errno == errno.ENOBUFS:
-                self.overruns += 1
-            raise
-
-    def close(self) -> None:
-        self._socket.close()
+class _TurnIsOver(Exception):
+    """Raised behind a packet's verdict, to leave the package's loop."""
 
 
 class PacketQueue:
@@ -79,12 +60,7 @@ class PacketQueue:
         self._settle = settle
         self._held: list[tuple[Packet, Verdict]] = []
         self._queue: NetfilterQueue | None = None
-        self._budget: _Budget | None = None
-
-    @property
-    def overruns(self) -> int:
-        """How often the socket's buffer was too small for what the kernel had to hand over."""
-        return self._budget.overruns if self._budget else 0
+        self._left = 0
 
     def open(self) -> int:
         """Bind the queue; gives the file descriptor to wait on. Raises QueueError."""
@@ -100,35 +76,39 @@ class PacketQueue:
                 " /proc/net/netfilter/nfnetlink_queue that no other program has this queue"
                 " ([dataplane] queue chooses another)"
             ) from None
-        self._budget = _Budget(self._queue.get_fd())
         return self._queue.get_fd()
 
     def turn(self, budget: int) -> bool:
         """Handle at most so many packets, without waiting; whether the budget was used up."""
-        if self._queue is None or self._budget is None:
+        if self._queue is None:
             return False
-        self._budget.left = budget
-        self._queue.run_socket(self._budget)  # type: ignore[arg-type]  # recv is all it asks of a socket
+        self._left = budget
+        with contextlib.suppress(_TurnIsOver):
+            self._queue.run(block=False)
         self._release()
-        return self._budget.left == 0
+        return self._left == 0
 
     def close(self) -> None:
         """Give the queue back. The kernel drops what is still in it."""
-        if self._queue is not None and self._budget is not None:
+        if self._queue is not None:
             self._queue.unbind()
-            self._budget.close()
             self._queue = None
 
     def _handle(self, packet: Packet) -> None:
         try:
-            verdict = self._decide(packet.get_payload(), packet.hook, packet.indev, packet.outdev)
+            verdict = self._decide(packet.get_payload(), packet.hook, packet.indev, packet.outdev, monotonic())
         except Exception:
             log.exception("a packet met a defect of fwd and was dropped")
             verdict = self._decide_failed()
         if self._held or self._unsettled:
             self._held.append((packet, verdict))
+        elif verdict is Verdict.ACCEPT:
+            packet.accept()
         else:
-            _give(packet, verdict)
+            packet.drop()
+        self._left -= 1
+        if not self._left:
+            raise _TurnIsOver
 
     def _release(self) -> None:
         """Give the verdicts that were held back, whatever comes of settling."""
@@ -139,12 +119,8 @@ class PacketQueue:
         except Exception:
             log.exception("settling met a defect of fwd; the verdicts are given all the same")
         for packet, verdict in self._held:
-            _give(packet, verdict)
+            if verdict is Verdict.ACCEPT:
+                packet.accept()
+            else:
+                packet.drop()
         self._held.clear()
-
-
-def _give(packet: Packet, verdict: Verdict) -> None:
-    if verdict is Verdict.ACCEPT:
-        packet.accept()
-    else:
-        packet.drop()

@@ -218,10 +218,7 @@ def test_what_the_kernel_refuses_stays_with_the_daemon(bench, monkeypatch):
 def test_what_vanished_from_the_kernel_is_counted_and_decided_anew(bench):
     bench.forward(esp(LEFT, RIGHT, 7))
     bench.kernel.elements.clear()
-    work = None
-    bench.firewall.fast_path.read(bench.session)
-    work = bench.firewall.take_work()
-    bench.firewall.apply_outcome(work, Outcome({}, {}), bench.now)
+    bench.wait(1)
     assert bench.count("fast_path_lost") == 1
     assert bench.forward(esp(LEFT, RIGHT, 7)) and bench.kernel.elements
     bench.clear(bench.session)

@@ -10,8 +10,8 @@ SCRIPT = """
 import json, time
 from types import SimpleNamespace
 from fwd.core.fast_path import Outcome, Work
+from fwd.core.policy import Verdict
 from fwd.core.session import Element, Flow
-from fwd.core.state import State
 from fwd.edge.kernel_path import KernelPath
 
 Ruleset(20, True, 1024).install()
@@ -24,10 +24,9 @@ for size in (12, 16, 36, 40):
             id=10 * size + number,
             c2s=flow if number < 2 else None,
             created_at=time.monotonic() - 60,
-            state=State.DISCARD if number == 1 else State.ACTIVE,
         )
         key = (1, 0 if number == 2 else 1, bytes([number + 1]) * (size - 4) + (4096 + number).to_bytes(4))
-        elements.append(Element(key, flow, 5 + number, 500 + number))
+        elements.append(Element(key, flow, Verdict.DROP if number == 1 else Verdict.ACCEPT, 5 + number, 500 + number))
 
 def show(readings):
     return [readings.get(element.key) for element in elements]
@@ -42,7 +41,8 @@ def test_what_is_written_is_what_nft_lists():
     installed, listing, found = run(
         "print(json.dumps(path.carry_out(Work(installs=elements)).installed))\n"
         "print(json.dumps(listed('nft list table ip fwd_dataplane; nft list table ip6 fwd_dataplane')))\n"
-        "print(json.dumps([(f.session_id, f.is_drop, f.reading, f.is_c2s, f.key[:2]) for f in path.find_all()]))\n"
+        "found = path.find_all()\n"
+        "print(json.dumps([(f.session_id, f.verdict is Verdict.DROP, f.reading, f.is_c2s, f.key[:2]) for f in found]))\n"
     )
     assert installed
     assert '"lo" . "lo" . 1.1.1.1 . 1.1.1.1 . 0.0.16.0 counter packets 5 bytes 500' in listing
@@ -96,9 +96,9 @@ def test_one_change_replaces_an_element():
 
 def test_many_elements_take_several_messages():
     (result,) = run(
-        "many = [Element((1, 1, n.to_bytes(12)), elements[0].flow, n, n) for n in range(1000)]\n"
+        "many = [Element((1, 1, n.to_bytes(12)), elements[0].flow, Verdict.ACCEPT, n, n) for n in range(1000)]\n"
         "outcomes = [path.carry_out(work) for work in (Work(installs=many), Work(reads=many), Work(removals=many))]\n"
-        "wanted = {element.key: (element.packet_count, element.byte_count) for element in many}\n"
+        "wanted = {element.key: (element.kernel_packets, element.kernel_bytes) for element in many}\n"
         "print(json.dumps([outcomes[1].read == wanted, outcomes[2].removed == wanted]))\n"
     )
     assert result == [True, True]
@@ -106,7 +106,7 @@ def test_many_elements_take_several_messages():
 
 def test_full_maps_and_missing_tables_are_told():
     full, gone, removed = run(
-        "many = [Element((1, 1, n.to_bytes(12)), elements[0].flow, n, n) for n in range(1025)]\n"
+        "many = [Element((1, 1, n.to_bytes(12)), elements[0].flow, Verdict.ACCEPT, n, n) for n in range(1025)]\n"
         "print(json.dumps(path.carry_out(Work(installs=many)).installed))\n"
         "Ruleset.remove()\n"
         "print(json.dumps(path.carry_out(Work(installs=many[:5])).installed))\n"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fwd.core.firewall import Verdict
+from fwd.core.policy import Verdict
 from fwd.edge.nfqueue import PacketQueue
 
 
@@ -22,7 +22,7 @@ class Packet:
         self.verdicts.append((self.number, Verdict.DROP))
 
 
-def decide(octets, hook, indev, outdev):
+def decide(octets, hook, indev, outdev, now):
     if octets[0] == 13:
         raise ValueError("a defect")
     return Verdict.ACCEPT if octets[0] % 2 else Verdict.DROP

@@ -342,7 +342,7 @@ def fake_mmdebstrap(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) 
 
 def test_labs_that_start_at_once_make_the_root_folder_once(tmp_path, monkeypatch):
     root = fake_mmdebstrap(tmp_path, monkeypatch, f'echo made >> {tmp_path}/made; sleep 0.3; touch "$root/whole"')
-    script = "from lab.root_folder import root_folder; root = root_folder('some-root', 'p'); print((root / 'whole').exists())"
+    script = "from lab.root_folder import root_folder; print((root_folder('some-root', 'p') / 'whole').exists())"
     both = [python("-c", script), python("-c", script)]
     assert [child.communicate(timeout=20)[0] for child in both] == ["True\n", "True\n"]
     assert (tmp_path / "made").read_text() == "made\n"
