@@ -27,7 +27,7 @@ from .rig import QUEUE, Rig, cpu_seconds, resident_bytes
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.json"
 
-REPETITIONS = 5
+REPETITIONS = 3
 FORWARDED = 400_000
 FLOOD = 1_500_000
 SESSIONS = (1, 1_000, 10_000, 100_000)

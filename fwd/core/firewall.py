@@ -50,6 +50,7 @@ from .session import (
     Place,
     Session,
     SessionType,
+    flow_key,
     port_of,
 )
 from .settings import Settings, UnknownSpi
@@ -130,6 +131,8 @@ class Firewall:
             except TableFull:
                 return self._drop("flow_table_full")
         session = flow.session
+        if isinstance(key, FlowKey):  # of both directions
+            flow = session.flow_of(packet)
         if session.state is State.OPENING:
             zone = self._zone(ingress)
             self._promote(session, self.interfaces.name_of(ingress), zone, now)
@@ -368,7 +371,7 @@ class Firewall:
             return _spi_key(packet, packet.spi)
         else:
             zones = (None, None)
-        return FlowKey(packet.kind, packet.src, packet.dst, packet.sport, packet.dport, *zones)
+        return flow_key(packet, *zones)
 
     def _set_up(
         self, packet: Packet, key: Key, hook: int, ingress: int, egress: int, now: float, was: Found | None = None
@@ -404,11 +407,8 @@ class Firewall:
             is_provisional=is_provisional,
         )
         flow = session.flow(is_c2s)
-        if isinstance(key, FlowKey):
-            # Should both keys be the same one (source and destination alike), the packet's own flow counts it.
-            self._take_in(session, {key.reversed(): session.flow(not is_c2s), key: flow})
-        else:
-            self._take_in(session, {key: flow})
+        self._take_in(session, {key: flow})
+        if is_provisional:
             self.counters.add("session_provisional")
         self._decide(session, now)
         if is_provisional and session.state is State.ACTIVE:
@@ -454,17 +454,16 @@ class Firewall:
             return
         flows = self._flows_of(session)
         pair = self._pair_key(session)
-        flow = self.table.lookup(pair)
-        if flow is None:
-            self.table.index(session, {pair: session.c2s, pair.reversed(): session.s2c, **flows}.items())
+        taken = self.table.lookup(pair)
+        if taken is None:
+            self.table.index(session, [(pair, session.c2s)])
             self._keep_alive(session, now)
             return
-        generic = flow.session
-        turned = flow is generic.s2c
+        generic = taken.session
+        turned = generic.client.address != session.client.address
         self._absorb(session, generic, turned)
-        self.table.index(
-            generic, {key: generic.flow((own is session.c2s) != turned) for key, own in flows.items()}.items()
-        )
+        own = {key: generic.flow((flow is session.c2s) != turned) for key, flow in flows.items()}
+        self.table.index(generic, own.items())
         spi_keys = [key for key in generic.keys if not isinstance(key, FlowKey)]
         self._unindex(generic, spi_keys[:-UNKNOWN_SPI_KEYS])
         self._prolong(generic, session.last_seen_at)
@@ -473,7 +472,7 @@ class Firewall:
         """The key of the one generic session that all unknown SPIs between two peers share in the end."""
         kind = next(kind for kind, name in GENERIC_APPLICATION.items() if name is session.application)
         ports = (0, 0) if session.application is Application.IPSEC_ESP else (session.client.port, session.server.port)
-        return FlowKey(kind, session.client.address, session.server.address, *ports, None, None)
+        return flow_key(Packet(kind, session.client.address, session.server.address, 0, None, None, *ports), None, None)
 
     def _flows_of(self, session: Session) -> dict[Key, Flow]:
         """The keys of a session, each with the flow that it leads to."""
@@ -489,7 +488,7 @@ class Firewall:
         key = self._key(packet, hook, ingress, egress)
         known = self.table.lookup(key)
         if known is not None:
-            return known
+            return known.session.flow_of(packet) if isinstance(key, FlowKey) else known
         session = self.table.live(found.session_id)
         if session is None or isinstance(key, FlowKey) or not session.is_provisional:
             return self._set_up(packet, key, hook, ingress, egress, now, found)

@@ -52,23 +52,27 @@ class SessionType(StrEnum):
 
 
 class FlowKey(NamedTuple):
-    """How a packet without a known SPI finds its session.
-
-    Addresses are in network order; the UDP ports are 0 for plain ESP; the zones are None where the session
-    ends on this host, because its packets may come and go by different interfaces.
-    """
+    """How packets without a known SPI find their session. Both directions have the same key: see `flow_key`."""
 
     kind: Kind
-    src: bytes
-    dst: bytes
-    sport: int
-    dport: int
-    src_zone: str | None
-    dst_zone: str | None
+    low: bytes
+    low_port: int
+    low_zone: str | None
+    high: bytes
+    high_port: int
+    high_zone: str | None
 
-    def reversed(self) -> FlowKey:
-        """The key of the packets that flow the other way."""
-        return FlowKey(self.kind, self.dst, self.src, self.dport, self.sport, self.dst_zone, self.src_zone)
+
+def flow_key(packet: Packet, src_zone: str | None, dst_zone: str | None) -> FlowKey:
+    """The key of a packet, and of its reply.
+
+    The zones are None where the session ends on this host, because its packets may come and go by different
+    interfaces.
+    """
+    kind, src, dst, sport, dport = packet.kind, packet.src, packet.dst, packet.sport, packet.dport
+    if (src, sport, src_zone or "") <= (dst, dport, dst_zone or ""):
+        return FlowKey(kind, src, sport, src_zone, dst, dport, dst_zone)
+    return FlowKey(kind, dst, dport, dst_zone, src, sport, src_zone)
 
 
 @dataclass(slots=True, eq=False)
@@ -209,6 +213,11 @@ class Session:
 
     def flow(self, is_c2s: bool) -> Flow:
         """The flow of that direction."""
+        return self.c2s if is_c2s else self.s2c
+
+    def flow_of(self, packet: Packet) -> Flow:
+        """The flow of a packet of this session, by its source; if source and destination are alike, c2s."""
+        is_c2s = packet.src == self.c2s.address and (not packet.sport or packet.sport == self.c2s.port)
         return self.c2s if is_c2s else self.s2c
 
     def flow_from(self, address: bytes) -> Flow:

@@ -38,7 +38,7 @@ NLM_F_DUMP = 0x300
 NLM_F_CREATE = 0x400
 NLM_F_APPEND = 0x800
 
-_NLA_F_NESTED = 0x8000
+NESTED = 0x8000
 _NLA_TYPE_MASK = 0x3FFF
 
 _SO_RCVBUFFORCE = 33  # asm-generic/socket.h
@@ -102,7 +102,7 @@ def attribute(kind: int, payload: bytes) -> bytes:
 
 def nested(kind: int, *parts: bytes) -> bytes:
     """An attribute made of attributes."""
-    return attribute(kind | _NLA_F_NESTED, b"".join(parts))
+    return attribute(kind | NESTED, b"".join(parts))
 
 
 def value(kind: int, octets: bytes) -> bytes:

@@ -41,8 +41,8 @@ def test_what_is_written_is_what_nft_lists():
     installed, listing, found = run(
         "print(json.dumps(path.carry_out(Work(installs=elements)).installed))\n"
         "print(json.dumps(listed('nft list table ip fwd_dataplane; nft list table ip6 fwd_dataplane')))\n"
-        "found = path.find_all()\n"
-        "print(json.dumps([(f.session_id, f.verdict is Verdict.DROP, f.reading, f.is_c2s, f.key[:2]) for f in found]))\n"
+        "found = [(f.session_id, f.verdict.value, f.reading, f.is_c2s, f.key[:2]) for f in path.find_all()]\n"
+        "print(json.dumps(found))\n"
     )
     assert installed
     assert '"lo" . "lo" . 1.1.1.1 . 1.1.1.1 . 0.0.16.0 counter packets 5 bytes 500' in listing
@@ -53,7 +53,7 @@ def test_what_is_written_is_what_nft_lists():
         assert f'comment "session {10 * size + 2} s2c, SPI 4098, since ' in listing
     assert listing.count(": drop") == 4 and listing.count(": accept") == 8
     assert sorted(found) == sorted(
-        [10 * size + n, n == 1, [5 + n, 500 + n], n < 2, [1, 0 if n == 2 else 1]]
+        [10 * size + n, "drop" if n == 1 else "accept", [5 + n, 500 + n], n < 2, [1, 0 if n == 2 else 1]]
         for size in (12, 16, 36, 40)
         for n in range(3)
     )
