@@ -210,8 +210,8 @@ def set_up(results: Results) -> None:
             flood = rig.source.start(rig.command(100_000, sources=100_000, rate=60_000), stdout=subprocess.DEVNULL)
             samples: list[tuple[float, int]] = []
             while flood.is_running():
-                samples.append((time.monotonic(), counter(client, "session_allocated")))
-                time.sleep(0.05)
+                samples.append((time.monotonic(), int(client.call("system.info")["sessions"].split()[0])))
+                time.sleep(0.1)
             busy = [sample for sample in samples if sample[1] > 0]
             (first_at, first), (last_at, last) = busy[0], busy[-1]
             results.add(

@@ -257,6 +257,7 @@ class Bench:
         assert values["pkt_recv"] == values["pkt_session"] + drops
         in_kernel = {e.key: e for e in self.firewall.fast_path if e.place is Place.KERNEL}
         assert in_kernel.keys() == self.kernel.elements.keys()
+        assert len(in_kernel) == self.firewall.fast_path.in_kernel
         unread = sum(element.own_packets for element in self.firewall.fast_path)
         for key, (packets, _, is_drop) in self.kernel.elements.items():
             element = in_kernel[key]

@@ -71,6 +71,8 @@ class FastPath:
         self.is_on = False
         #: Elements that wait for the kernel; verdicts have to wait for them. Always the same list.
         self.pending: list[Element] = []
+        #: How many elements the kernel has.
+        self.in_kernel = 0
         self._removals: list[Element] = []
         self._reads: list[Element] = []
         self._retiring: deque[Element] = deque()
@@ -88,11 +90,6 @@ class FastPath:
 
     def __iter__(self) -> Iterator[Element]:
         return iter(self._elements.values())
-
-    @property
-    def in_kernel(self) -> int:
-        """How many elements the kernel has."""
-        return sum(1 for element in self._elements.values() if element.place is Place.KERNEL)
 
     @property
     def is_owed_counts(self) -> bool:
@@ -117,6 +114,14 @@ class FastPath:
     def adopt(self, found: Found, flow: Flow, now: float) -> None:
         """Take over an element that is in the kernel already; what it counted is the caller's to add."""
         self._take_in(Element(found.key, flow, found.verdict, *found.reading, now, Place.KERNEL))
+        self.in_kernel += 1
+
+    def settle(self, installs: Iterable[Element], is_installed: bool) -> None:
+        """The kernel has taken these over, or not."""
+        for element in installs:
+            if element.place is Place.PENDING:
+                element.place = Place.KERNEL if is_installed else Place.DAEMON
+                self.in_kernel += is_installed
 
     def _take_in(self, element: Element) -> None:
         self._elements[element.key] = element
@@ -208,6 +213,7 @@ class FastPath:
     def _forget(self, elements: Iterable[Element]) -> None:
         sessions = set()
         for element in elements:
+            self.in_kernel -= element.place is Place.KERNEL
             element.place = Place.GONE
             sessions.add(element.flow.session)
             if self._elements.get(element.key) is element:

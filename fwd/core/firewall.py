@@ -239,9 +239,7 @@ class Firewall:
 
     def apply_outcome(self, work: Work, outcome: Outcome, now: float) -> None:
         """Hear what came of it: count what the kernel counted, and end the sessions that only waited for that."""
-        for element in work.installs:
-            if element.place is Place.PENDING:
-                element.place = Place.KERNEL if outcome.installed else Place.DAEMON
+        self.fast_path.settle(work.installs, outcome.installed)
         if work.installs and not outcome.installed:
             self.counters.add("fast_path_refused", len(work.installs))
         idle_since = now - ELEMENT_IDLE_S
