@@ -1,5 +1,6 @@
 # make demo    the main job on real ESP, in a lab of network namespaces
 # make test    lint and all tests
+# make bench   what it costs, beside plain forwarding, C and Suricata (10 minutes)
 # make install the daemon, the client, the unit, under /usr/local
 #
 # What is missing on this machine (Debian packages, a virtual environment) is installed first.
@@ -15,6 +16,7 @@ INSTALLED := /usr/local/lib/fwd
 BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev libnetfilter-queue-dev
 RUN_PACKAGES := nftables iptables
 LAB_PACKAGES := iproute2 iputils-ping procps tcpdump mmdebstrap systemd
+BENCH_PACKAGES := ethtool
 
 define need
 	@missing=$$(for p in $(1); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
@@ -25,10 +27,10 @@ define need
 	fi
 endef
 
-.PHONY: help setup demo lint test unit install uninstall clean
+.PHONY: help setup demo lint test unit bench install uninstall clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -3
+	@sed -n 's/^# //p' Makefile | head -4
 
 setup: $(READY)
 
@@ -49,6 +51,11 @@ lint: $(READY)
 
 test: lint
 	$(SUDO) $(VENV)/bin/python -m pytest
+
+bench: $(READY)
+	$(call need,$(BENCH_PACKAGES))
+	$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[bench]'
+	$(SUDO) $(VENV)/bin/python -m bench
 
 # Only what needs neither root nor a lab.
 unit: $(READY)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -22,12 +22,13 @@ from rich.table import Table
 from lab.lab import Fwd
 from lab.root_folder import root_folder
 
+from . import report
 from .rig import QUEUE, Rig, cpu_seconds, resident_bytes
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.json"
 
-REPETITIONS = 3
+REPETITIONS = 5
 FORWARDED = 400_000
 FLOOD = 1_500_000
 SESSIONS = (1, 1_000, 10_000, 100_000)
@@ -305,11 +306,10 @@ def main(words: Sequence[str]) -> None:
         raise SystemExit(f"no group {shlex.join(unknown)}: there are {', '.join(groups)}")
     results = Results()
     started = time.monotonic()
-    with ExitStack():
-        for name, measure in groups.items():
-            if not words or name in words:
-                console.print(f"measuring {name} ...")
-                measure(results)
+    for name, measure in groups.items():
+        if not words or name in words:
+            console.print(f"measuring {name} ...")
+            measure(results)
     if words:
         for result in results.all.values():
             console.print(f"{result.name}: {result.median:,.1f} {result.unit}  {[round(v, 1) for v in result.values]}")
@@ -322,7 +322,8 @@ def main(words: Sequence[str]) -> None:
         "ratios": [dict(zip(("name", "value", "target", "met"), row, strict=True)) for row in ratios(results)],
     }
     RESULTS.write_text(json.dumps(everything, indent=1) + "\n")
-    console.print(f"written: {RESULTS}")
+    report.write(everything)
+    console.print(f"written: {RESULTS}, {report.PAGE}, {report.PLOT}")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,9 @@ PACKETS_PER_TURN = 128
 #: How often fwd looks whether its rules are still there, in seconds.
 GUARD_INTERVAL_S = 2.0
 
+#: Exit status of a daemon that left its rules and the kernel's fast path to a successor; the unit knows it.
+HANDED_OVER = 10
+
 #: How long a clean stop goes on handing back packets that wait in the queue, in seconds.
 DRAIN_S = 1.0
 
@@ -82,8 +85,8 @@ class Daemon:
         self._is_handing_over = False
         self._loop = asyncio.get_running_loop()
 
-    async def run(self) -> None:
-        """Work until SIGTERM or SIGINT. Raises QueueError, RulesetError or ControlError if it cannot start."""
+    async def run(self) -> int:
+        """Work until a signal ends it; gives the exit status. Raises QueueError, RulesetError or ControlError."""
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._queue.close)
             fd = self._queue.open()  # first of all: it fails if another fwd has the queue, whose rules must stay
@@ -111,7 +114,8 @@ class Daemon:
             systemd.notify("READY=1", f"STATUS={self._summary()}")
             await self._stop.wait()
             systemd.notify("STOPPING=1")
-            log.info("stopping")
+            log.info("handing over" if self._is_handing_over else "stopping")
+        return HANDED_OVER if self._is_handing_over else 0
 
     # --- what the edges hand over -------------------------------------------------------------------
 
@@ -365,8 +369,9 @@ def main(config_path: Path | None, check: bool, remove_rules: bool) -> None:
     """The IPsec firewall daemon: decides on ESP, IKE and NAT-T packets and keeps their session table.
 
     It needs CAP_NET_ADMIN. It puts its own netfilter rules in place when it starts and takes them out when it is
-    stopped (SIGTERM); those of a killed fwd stay, so that fail-closed means closed. SIGHUP reads the configuration
-    again, whole or not at all. Ask it with fwctl.
+    stopped (SIGTERM); those of a killed fwd stay, so that fail-closed means closed. SIGUSR1 stops it for a successor:
+    rules stay, what was decided goes on in the kernel, and the next fwd takes over sessions and counts (exit status
+    10). SIGHUP reads the configuration again, whole or not at all. Ask it with fwctl.
 
     \b
       fwd --check --config my.toml     is this file right?
@@ -383,10 +388,10 @@ def main(config_path: Path | None, check: bool, remove_rules: bool) -> None:
             click.echo(f"{_source(config_path)}: right, {rules} rule{'' if rules == 1 else 's'}")
             return
         _set_up_logging(config.log.level)
-        asyncio.run(_run(config, config_path))
+        sys.exit(asyncio.run(_run(config, config_path)))
     except (ConfigError, ControlError, QueueError, RulesetError) as error:
         raise click.ClickException(str(error)) from None
 
 
-async def _run(config: Config, config_path: Path | None) -> None:
-    await Daemon(config, config_path).run()
+async def _run(config: Config, config_path: Path | None) -> int:
+    return await Daemon(config, config_path).run()

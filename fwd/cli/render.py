@@ -145,7 +145,7 @@ def spi(number: int) -> str:
 def session_info(facts: Mapping[str, Any]) -> str:
     """`show session info`."""
     active = facts["active"]
-    ageing = facts["accelerated_ageing"]
+    ageing, path = facts["accelerated_ageing"], facts["fast_path"]
     sections: list[list[tuple[str, str]]] = [
         [
             ("Number of sessions supported:", f"{facts['sessions_supported']}"),
@@ -159,6 +159,11 @@ def session_info(facts: Mapping[str, Any]) -> str:
             ("Packet rate:", f"{facts['packet_rate']:.0f}/s"),
             ("Throughput:", f"{facts['throughput_kbps']:.0f} kbps"),
             ("New connection establish rate:", f"{facts['new_session_rate']:.0f} cps"),
+        ],
+        [
+            ("Fast path in the kernel:", "on" if path["on"] else "off"),
+            ("  SPIs it decides on:", f"{path['spis_in_kernel']} of {path['capacity']}"),
+            ("  Packets it decides on:", f"{path['packet_rate']:.0f}/s"),
         ],
         [
             ("Session timeout", ""),
