@@ -82,16 +82,18 @@ class Daemon:
         )
         self._timer: asyncio.TimerHandle | None = None
         self._stop = asyncio.Event()
+        self._is_reload_due = False
         self._is_handing_over = False
         self._loop = asyncio.get_running_loop()
 
     async def run(self) -> int:
         """Work until a signal ends it; gives the exit status. Raises QueueError, RulesetError or ControlError."""
+        self._take_signals()
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._queue.close)
-            fd = self._queue.open()  # first of all: it fails if another fwd has the queue, whose rules must stay
+            fd = self._queue.open()  # before all else: it fails if another fwd has the queue, whose rules must stay
             stack.push_async_callback(self._control.stop)
-            await self._control.start()
+            await self._control.open()
             watcher = asyncio.create_task(self._interfaces.run())
             stack.callback(watcher.cancel)
             await self._interfaces.ready.wait()
@@ -102,20 +104,27 @@ class Daemon:
             stack.callback(self._loop.remove_reader, fd)
             stack.callback(self._vici.stop)
             self._vici.start()
-            self._loop.add_signal_handler(signal.SIGHUP, self._reload)
-            self._loop.add_signal_handler(signal.SIGUSR1, self._hand_over_and_stop)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._loop.add_signal_handler(number, self._stop.set)
             stack.callback(asyncio.create_task(self._guard_rules()).cancel)
             self._run_timer()
+            await self._control.start()  # late: who gets an answer may count on all the rest
             if (interval := systemd.watchdog_interval_s()) is not None:
                 stack.callback(asyncio.create_task(self._feed_watchdog(interval)).cancel)
             log.info("fwd %s is ready: queue %d, %s", __version__, self._config.dataplane.queue, self._summary())
             systemd.notify("READY=1", f"STATUS={self._summary()}")
+            self._loop.add_signal_handler(signal.SIGHUP, self._reload)
+            if self._is_reload_due:
+                self._reload()
             await self._stop.wait()
             systemd.notify("STOPPING=1")
             log.info("handing over" if self._is_handing_over else "stopping")
         return HANDED_OVER if self._is_handing_over else 0
+
+    def _take_signals(self) -> None:
+        """From now on no signal kills: one that comes during the start waits for its end."""
+        self._loop.add_signal_handler(signal.SIGHUP, self._note_reload)
+        self._loop.add_signal_handler(signal.SIGUSR1, self._hand_over_and_stop)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._stop.set)
 
     # --- what the edges hand over -------------------------------------------------------------------
 
@@ -200,6 +209,9 @@ class Daemon:
                     self._firewall.counters.add("rules_restored")
             except RulesetError as error:
                 log.error("somebody removed the rules of fwd: %s", error)
+
+    def _note_reload(self) -> None:
+        self._is_reload_due = True
 
     def _reload(self) -> None:
         """Read the configuration again, whole or not at all."""

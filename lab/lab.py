@@ -124,7 +124,16 @@ class Fwd:
         seen = len(self.log)
         self._host.path(self._config_path).write_text(config)
         self.process.send(signal.SIGHUP)
-        wait_for(lambda: re.search(r"reloaded", self.log[seen:]), "fwd read its configuration again")
+
+        def is_over() -> bool:
+            if not self.process.is_running():
+                raise LabError(f"fwd has ended instead of a reload:\n{self.log[-3000:]}")
+            return "reloaded" in self.log[seen:]
+
+        try:
+            wait_for(is_over, "fwd read its configuration again")
+        except LabError as error:
+            raise LabError(f"{error}:\n{self.log[-3000:]}") from None
 
     def stop(self) -> int:
         """Stop it in order; gives its exit status."""
@@ -275,8 +284,11 @@ def default_config() -> str:
     return (FOLDER / "fwd.toml").read_text()
 
 
-def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 10) -> Any:
-    """Ask again and again until the condition holds; gives its value. Raises LabError if it never does."""
+def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 30) -> Any:
+    """Ask again and again until the condition holds; gives its value. Raises LabError if it never does.
+
+    The time is generous, for machines that do other work too.
+    """
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
         if time.monotonic() > deadline:

@@ -96,8 +96,8 @@ class ControlServer:
         self._clients: set[asyncio.Task[None]] = set()
         self._inode = 0
 
-    async def start(self) -> None:
-        """Listen. Replaces what a dead daemon left behind. Raises ControlError."""
+    async def open(self) -> None:
+        """Take the path, without an answer to anybody yet. Replaces what a dead daemon left. Raises ControlError."""
         try:
             self._path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             self._clear_way()
@@ -109,7 +109,16 @@ class ControlServer:
             raise ControlError(
                 f"cannot listen on {self._path} ({error.strerror}): [control] socket chooses another path"
             ) from None
-        self._server = await asyncio.start_unix_server(self._accept, sock=listener, limit=MAX_REQUEST_BYTES)
+        self._server = await asyncio.start_unix_server(
+            self._accept, sock=listener, limit=MAX_REQUEST_BYTES, start_serving=False
+        )
+
+    async def start(self) -> None:
+        """Answer. Until then a client is told that no daemon is there. Raises ControlError."""
+        if self._server is None:
+            await self.open()
+        assert self._server is not None
+        await self._server.start_serving()
 
     async def stop(self) -> None:
         """Hang up on everybody and take the socket away, if it is still ours."""

@@ -174,7 +174,8 @@ class Ruleset:
             _remove_nft()
             self.kept_maps = False
         if backend in (Backend.NFT, Backend.XT):
-            _remove_iptables()
+            if self.backend is None:  # only a former fwd can have left them
+                _remove_iptables()
             return ""
         return self._install_iptables(but_marked=backend is Backend.MARK)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import time
@@ -60,6 +61,19 @@ def test_a_users_own_filter_rules_still_see_what_fwd_accepted(transit):
     assert transit.ping("sites-v4") == 3
     host.run(["iptables-nft", "-A", "FORWARD", "-p", "esp", "-j", "DROP"])
     assert transit.ping("sites-v4", count=2) == 0
+
+
+def test_a_reload_that_is_asked_for_during_the_start_comes_after_it(transit):
+    host = transit.hosts["fwd"]
+    host.path("/run/fwd.toml").write_text(default_config())
+    with host.path("/run/early.log").open("w") as log:
+        process = host.start([str(PROGRAMS / "fwd"), "--config", "/run/fwd.toml"], stdout=log, stderr=log)
+    wait_for(host.path("/run/fwd/control.sock").exists, "it has begun to start")
+    process.send(signal.SIGHUP)
+    told = wait_for(
+        lambda: (text := host.path("/run/early.log").read_text()) and "reloaded" in text and text, "it has reloaded"
+    )
+    assert process.is_running() and told.index("is ready") < told.index("INFO reloaded: ")
 
 
 def test_it_notifies_systemd(transit):
