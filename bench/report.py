@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("svg")
-from matplotlib import pyplot  # noqa: E402  # the backend comes first
+from matplotlib import pyplot  # the backend comes first
 
 FOLDER = Path(__file__).parent.parent / "docs"
 PAGE = FOLDER / "PERFORMANCE.md"
