@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 #: octets from the IP header on (cut at 4016 bytes), netfilter hook, indices of the interfaces in and out, the time.
 Decide: TypeAlias = Callable[[bytes, int, int, int, float], Verdict]
 
+#: A name of its own: to look it up in the enumeration takes as long as to look up a packet's decision.
+_ACCEPT = Verdict.ACCEPT
+
 #: Room for a whole queue of packets on the netlink socket, in bytes; the kernel doubles it.
 _SOCKET_BYTES = 8 * 2**20
 
@@ -61,6 +64,7 @@ class PacketQueue:
         self._held: list[tuple[Packet, Verdict]] = []
         self._queue: NetfilterQueue | None = None
         self._left = 0
+        self._now = 0.0
 
     def open(self) -> int:
         """Bind the queue; gives the file descriptor to wait on. Raises QueueError."""
@@ -82,7 +86,7 @@ class PacketQueue:
         """Handle at most so many packets, without waiting; whether the budget was used up."""
         if self._queue is None:
             return False
-        self._left = budget
+        self._left, self._now = budget, monotonic()
         with contextlib.suppress(_TurnIsOver):
             self._queue.run(block=False)
         self._release()
@@ -96,13 +100,13 @@ class PacketQueue:
 
     def _handle(self, packet: Packet) -> None:
         try:
-            verdict = self._decide(packet.get_payload(), packet.hook, packet.indev, packet.outdev, monotonic())
+            verdict = self._decide(packet.get_payload(), packet.hook, packet.indev, packet.outdev, self._now)
         except Exception:
             log.exception("a packet met a defect of fwd and was dropped")
             verdict = self._decide_failed()
         if self._held or self._unsettled:
             self._held.append((packet, verdict))
-        elif verdict is Verdict.ACCEPT:
+        elif verdict is _ACCEPT:
             packet.accept()
         else:
             packet.drop()
@@ -119,7 +123,7 @@ class PacketQueue:
         except Exception:
             log.exception("settling met a defect of fwd; the verdicts are given all the same")
         for packet, verdict in self._held:
-            if verdict is Verdict.ACCEPT:
+            if verdict is _ACCEPT:
                 packet.accept()
             else:
                 packet.drop()

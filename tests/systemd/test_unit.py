@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fwd.daemon import HANDED_OVER
+
 UNIT = Path(__file__).parents[2] / "systemd" / "fwd.service"
 
 pytestmark = pytest.mark.skipif(
@@ -35,3 +37,10 @@ def test_its_exposure_is_low():
     level = re.search(r"Overall exposure level for fwd.service: ([0-9.]+)", done.stdout)
     assert level is not None, done.stderr
     assert float(level[1]) <= 3.0
+
+
+def test_it_knows_a_handing_over_when_it_sees_one():
+    """Else an orderly restart would be a failure, and would take the rules out."""
+    unit = UNIT.read_text()
+    assert f"SuccessExitStatus={HANDED_OVER}\n" in unit
+    assert re.search(rf"ExecStopPost=.*EXIT_STATUS.*{HANDED_OVER}\b", unit)
