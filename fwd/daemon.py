@@ -82,6 +82,7 @@ class Daemon:
         )
         self._timer: asyncio.TimerHandle | None = None
         self._stop = asyncio.Event()
+        self._is_ready = False
         self._is_reload_due = False
         self._is_handing_over = False
         self._loop = asyncio.get_running_loop()
@@ -111,7 +112,7 @@ class Daemon:
                 stack.callback(asyncio.create_task(self._feed_watchdog(interval)).cancel)
             log.info("fwd %s is ready: queue %d, %s", __version__, self._config.dataplane.queue, self._summary())
             systemd.notify("READY=1", f"STATUS={self._summary()}")
-            self._loop.add_signal_handler(signal.SIGHUP, self._reload)
+            self._is_ready = True
             if self._is_reload_due:
                 self._reload()
             await self._stop.wait()
@@ -121,7 +122,7 @@ class Daemon:
 
     def _take_signals(self) -> None:
         """From now on no signal kills: one that comes during the start waits for its end."""
-        self._loop.add_signal_handler(signal.SIGHUP, self._note_reload)
+        self._loop.add_signal_handler(signal.SIGHUP, self._reload)
         self._loop.add_signal_handler(signal.SIGUSR1, self._hand_over_and_stop)
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop.set)
@@ -210,11 +211,11 @@ class Daemon:
             except RulesetError as error:
                 log.error("somebody removed the rules of fwd: %s", error)
 
-    def _note_reload(self) -> None:
-        self._is_reload_due = True
-
     def _reload(self) -> None:
-        """Read the configuration again, whole or not at all."""
+        """Read the configuration again, whole or not at all; during the start, as soon as that is done."""
+        if not self._is_ready:  # asked here, because a handler that is changed meanwhile may still run as the old one
+            self._is_reload_due = True
+            return
         systemd.reloading()
         try:
             config = load(self._config_path)
