@@ -5,25 +5,28 @@ No I/O: the methods work on the core alone, so they are tested without a socket.
 
 from __future__ import annotations
 
-import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from ipaddress import ip_address
-from typing import Annotated, Any, TypeAlias
+from itertools import islice
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .config import explain
 from .core.counters import COUNTERS
+from .core.events import CounterRose, Event, TunnelsStale
+from .core.explain import Group, explain_packet, explain_session
 from .core.firewall import Firewall
-from .core.session import Application, Flow, Place, Session, SessionType
+from .core.session import Application, Session, SessionType
 from .core.session_filter import FilterError, Predicate, build_filter
 from .core.state import State
 from .rpc import INVALID_PARAMS, METHOD_NOT_FOUND, NO_SUCH_SESSION, RpcError
+from .views import JSON, Views
 
-JSON: TypeAlias = dict[str, Any]
-
-VSYS = "vsys1"  # fwd has one virtual system, as a PAN-OS device without the licence for more
+#: Events remembered for those who ask a little later.
+EVENTS_KEPT = 4096
 
 SessionId = Annotated[int, Field(ge=1)]
 
@@ -54,6 +57,22 @@ class _Clear(_Params):
     filter: dict[str, str] | None = None
 
 
+class _Named(_Params):
+    name: str | None = None
+
+
+class _PacketParams(_Params):
+    src: str
+    dst: str
+    spi: Annotated[int, Field(ge=1, le=2**32 - 1)]
+    ports: Annotated[list[Annotated[int, Field(ge=0, le=65535)]], Field(min_length=2, max_length=2)] | None = None
+
+
+class _Events(_Filtered):
+    after: int = Field(default=-1, ge=-1)
+    limit: int = Field(default=500, ge=1, le=1000)
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """A method: which right it needs (`read` or `change`), its parameters, what answers it."""
@@ -80,6 +99,9 @@ class Api:
     ) -> None:
         self._firewall = firewall
         self._now = now
+        self._views = Views(firewall, now)
+        self._events: deque[tuple[float, Event]] = deque(maxlen=EVENTS_KEPT)
+        self._event_count = 0
         self._vici_socket = vici_socket
         self._host = host
         self._sync = sync
@@ -90,8 +112,12 @@ class Api:
             "session.get": Method("read", _One, self._session_get),
             "session.clear": Method("change", _Clear, self._session_clear),
             "session.info": Method("read", _Nothing, self._session_info),
+            "explain.session": Method("read", _One, self._explain_session),
+            "explain.packet": Method("read", _PacketParams, self._explain_packet),
+            "event.list": Method("read", _Events, self._event_list),
             "counter.list": Method("read", _Nothing, self._counter_list),
             "tunnel.list": Method("read", _Nothing, self._tunnel_list),
+            "tunnel.detail": Method("read", _Named, self._tunnel_detail),
             "system.info": Method("read", _Nothing, self._system_info),
         }
 
@@ -130,7 +156,7 @@ class Api:
                     break
                 page.append(session)
         self._refresh(page)
-        return {"sessions": [self._view(session) for session in page], "next": following}
+        return {"sessions": [self._views.session(session) for session in page], "next": following}
 
     def _session_count(self, params: _Filtered) -> JSON:
         return {"count": sum(map(self._matching(params.filter), self._firewall.table))}
@@ -138,7 +164,7 @@ class Api:
     def _session_get(self, params: _One) -> JSON:
         session = self._found(params.id, self._firewall.table.find(params.id))
         self._refresh([session])
-        return self._view(session)
+        return self._views.session(session, is_detailed=True)
 
     def _session_clear(self, params: _Clear) -> JSON:
         if (params.id is None) == (params.filter is None):
@@ -154,45 +180,6 @@ class Api:
         if session is None:
             raise RpcError(NO_SUCH_SESSION, f"no session {session_id}: 'show session all' lists those there are")
         return session
-
-    def _view(self, session: Session) -> JSON:
-        now = self._now()
-        is_live = session.state is not State.INIT
-        return {
-            "id": session.id,
-            "vsys": VSYS,
-            "application": session.application,
-            "state": session.state,
-            "type": session.type,
-            "start_time": time.time() - (now - session.created_at),
-            "timeout_s": session.timeout_s,
-            "time_to_live_s": int(self._firewall.ager.time_to_live_s(session, now)) if is_live else None,
-            "c2s": _flow_view(session.c2s, session.s2c),
-            "s2c": _flow_view(session.s2c, session.c2s),
-            "rule": session.rule.name,
-            "log_at_end": session.rule.log_at_end,
-            "in_ager": is_live,
-            "terminated_on_host": session.is_terminated,
-            "ingress_interface": session.ingress,
-            "egress_interface": session.egress,
-            "end_reason": session.end_reason,
-            "ipsec": None if session.application is Application.IKE else self._ipsec_view(session, now),
-        }
-
-    def _ipsec_view(self, session: Session, now: float) -> JSON:
-        sa = session.sas[-1] if session.sas else None
-        return {
-            "spis_seen": {"c2s": session.c2s.spis, "s2c": session.s2c.spis},
-            "child_sa": sa and sa.child_name,
-            "ike_sa": sa and sa.ike_name,
-            "local_id": sa and sa.local_id,
-            "remote_id": sa and sa.remote_id,
-            "reqid": sa and sa.reqid,
-            "rekeys": session.rekeys if sa else None,
-            "spis_in_kernel": sum(element.place is Place.KERNEL for element in session.elements),
-            "nat_t_ports": session.udp_ports,
-            "sa_stale_s": sa and self._firewall.directory.stale_s(sa, now),
-        }
 
     def _session_info(self, _: _Nothing) -> JSON:
         firewall, now = self._firewall, self._now()
@@ -234,6 +221,59 @@ class Api:
             },
         }
 
+    # --- what, why, and what happens --------------------------------------------------------------------
+
+    def note_event(self, event: Event) -> None:
+        """Remember an event for those who ask for it; of more than EVENTS_KEPT the oldest is forgotten."""
+        self._events.append((self._now(), event))
+        self._event_count += 1
+
+    def _event_list(self, params: _Events) -> JSON:
+        """Events after a number, as far as they are still there; after -1 only says where one is."""
+        first = self._event_count - len(self._events) + 1
+        if params.after == -1 or params.after > self._event_count:
+            return {"events": [], "next": self._event_count, "lost": 0}
+        matches = self._matching(params.filter)
+        begin = max(params.after + 1, first)
+        events = []
+        number = params.after
+        for number, (at, event) in enumerate(islice(self._events, begin - first, None), begin):
+            about = event.session if not isinstance(event, TunnelsStale | CounterRose) else None
+            if not params.filter or (about is not None and matches(about)):
+                events.append(self._views.event(number, at, event))
+                if len(events) == params.limit:
+                    break
+        return {"events": events, "next": max(number, begin - 1), "lost": begin - params.after - 1}
+
+    def _explain_session(self, params: _One) -> JSON:
+        session = self._found(params.id, self._firewall.table.find(params.id))
+        self._refresh([session])
+        return {"session": session.id, "groups": self._groups(explain_session, session)}
+
+    def _explain_packet(self, params: _PacketParams) -> JSON:
+        src, dst = (_address(key, text) for key, text in (("src", params.src), ("dst", params.dst)))
+        if len(src) != len(dst):
+            raise RpcError(INVALID_PARAMS, "explain packet: src and dst are of different IP versions")
+        ports = (params.ports[0], params.ports[1]) if params.ports else None
+        now = self._now()
+        session, groups = explain_packet(self._firewall, src, dst, params.spi, ports, now, self._views.clock)
+        return {"session": session and session.id, "groups": [asdict(group) for group in groups]}
+
+    def _groups(self, explain_it: Callable[..., list[Group]], session: Session) -> list[JSON]:
+        return [asdict(group) for group in explain_it(self._firewall, session, self._now(), self._views.clock)]
+
+    def _tunnel_detail(self, params: _Named) -> JSON:
+        sessions = {id(s): s for known in self._firewall.directory if (s := self._firewall.tunnel_of(known.sa))}
+        chosen = [
+            session
+            for session in sessions.values()
+            if session.sa and params.name in (None, session.sa.child_name, session.sa.ike_name)
+        ]
+        if params.name is not None and not chosen:
+            raise RpcError(NO_SUCH_SESSION, f"no tunnel '{params.name}': 'show tunnel' lists those there are")
+        self._refresh(chosen)
+        return {"source": self._source(), "tunnels": [self._views.tunnel(session) for session in chosen]}
+
     # --- counters, tunnels, the host ------------------------------------------------------------------
 
     def _counter_list(self, _: _Nothing) -> JSON:
@@ -260,7 +300,7 @@ class Api:
         tunnels = []
         for known in directory:
             sa = known.sa
-            session = self._firewall.tunnel_session(sa)
+            session = self._firewall.tunnel_of(sa)
             tunnels.append(
                 {
                     "ike_sa": sa.ike_name,
@@ -278,32 +318,23 @@ class Api:
                     "stale_s": directory.stale_s(sa, now),
                 }
             )
+        return {"source": self._source(), "tunnels": tunnels}
+
+    def _source(self) -> JSON:
+        directory, now = self._firewall.directory, self._now()
         return {
-            "source": {
-                "connected": directory.is_fresh,
-                "socket": self._vici_socket,
-                "last_answer_age_s": None if directory.answered_at is None else now - directory.answered_at,
-                "reason": directory.lost_reason,
-            },
-            "tunnels": tunnels,
+            "connected": directory.is_fresh,
+            "socket": self._vici_socket,
+            "last_answer_age_s": None if directory.answered_at is None else now - directory.answered_at,
+            "reason": directory.lost_reason,
         }
 
     def _system_info(self, _: _Nothing) -> JSON:
         return dict(self._host())
 
 
-def _flow_view(flow: Flow, reply: Flow) -> JSON:
-    session = flow.session
-    return {
-        "source": str(ip_address(flow.address)),
-        "source_zone": flow.zone,
-        "destination": str(ip_address(reply.address)),
-        "destination_zone": reply.zone,
-        "protocol": session.application.protocol,
-        "sport": flow.port,
-        "dport": reply.port,
-        "state": session.state,
-        "type": session.type,
-        "packets": flow.packet_count,
-        "bytes": flow.byte_count,
-    }
+def _address(key: str, text: str) -> bytes:
+    try:
+        return ip_address(text).packed
+    except ValueError:
+        raise RpcError(INVALID_PARAMS, f"explain packet: {key}: found '{text}', want an IP address") from None

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .core.policy import Action, Policy, Prefix, Rule, Zones
 from .core.session import Application
-from .core.settings import DEFAULT_TIMEOUTS, Settings, UnknownSpi
+from .core.settings import DEFAULT_TIMEOUTS, PassThrough, Settings, TransitPorts, UnknownSpi
 
 DEFAULT_PATH = Path("/etc/fwd/fwd.toml")
 
@@ -56,6 +56,10 @@ class Dataplane(Section):
     keep_ended_time: Seconds = 300
     unknown_spi: Literal["generic", "discard"] = "generic"
     unknown_spi_grace: Seconds = 5
+    transit_ports: Literal["generic", "spi"] = "generic"
+    ipsec_pass_through: Literal["always", "ike-gated"] = "always"
+    ike_gate_time: Seconds = 14400
+    tunnel_silent_after: Seconds = 60
 
 
 class Timeouts(Section):
@@ -188,6 +192,10 @@ class Config(Section):
             keep_ended_s=plane.keep_ended_time,
             unknown_spi=UnknownSpi(plane.unknown_spi),
             unknown_spi_grace_s=plane.unknown_spi_grace,
+            transit_ports=TransitPorts(plane.transit_ports),
+            pass_through=PassThrough(plane.ipsec_pass_through),
+            ike_gate_s=plane.ike_gate_time,
+            tunnel_silent_s=plane.tunnel_silent_after,
         )
 
     def restart_keys(self) -> dict[str, object]:

@@ -23,7 +23,15 @@ import click
 from . import __version__
 from .api import Api
 from .config import DEFAULT_PATH, Config, ConfigError, load
-from .core.events import Event, SessionCreated, SessionEnded, SessionRekeyed
+from .core.events import (
+    CounterRose,
+    Event,
+    SessionCreated,
+    SessionEnded,
+    SessionRekeyed,
+    TunnelsStale,
+    TunnelTrouble,
+)
 from .core.fast_path import Outcome
 from .core.firewall import Firewall
 from .core.interfaces import InterfaceEvent
@@ -186,6 +194,7 @@ class Daemon:
         """Tell what happened, and be called again when the core wants it."""
         self._serve_kernel()
         while (event := self._firewall.next_event()) is not None:
+            self._api.note_event(event)
             _log_event(event)
         deadline = self._firewall.next_deadline()
         if self._timer is None or deadline < self._timer.when():
@@ -204,6 +213,7 @@ class Daemon:
         """Put fwd's rules back should anybody flush them: `nft flush ruleset` is common in start scripts."""
         while True:
             await asyncio.sleep(GUARD_INTERVAL_S)
+            self._count_edges()
             try:
                 if not self._ruleset.is_in_place():
                     log.error("somebody removed the rules of fwd; installed again: %s", self._ruleset.install())
@@ -274,6 +284,10 @@ class Daemon:
         """Bring what the edges and the kernel count to the global counters."""
         self._firewall.fast_path.read_oldest()
         self._serve_kernel()
+        self._count_edges()
+
+    def _count_edges(self) -> None:
+        """What is counted outside of the core: requests, and packets that never came."""
         values = self._firewall.counters.values
         values["control_request"], values["control_refused"] = self._control.requests, self._control.refused
         stats = kernel_queue_stats(self._queue.number)
@@ -332,19 +346,34 @@ def _duration(seconds: float) -> str:
 
 
 def _log_event(event: Event) -> None:
+    if isinstance(event, TunnelsStale | CounterRose):
+        return  # the one is logged where it comes from, the other is a number among many
+    if isinstance(event, TunnelTrouble):
+        _log_trouble(event)
+        return
     session = event.session
     # Tunnels of this host are worth a line each; sessions in transit come and go by the thousand.
-    level = logging.INFO if session.sas else logging.DEBUG
+    sa = session.sa
+    level = logging.INFO if sa else logging.DEBUG
     if not log.isEnabledFor(level):
         return
     what = type(event).__name__.removeprefix("Session").lower()
-    tunnel = f" ({session.sas[-1].ike_name}/{session.sas[-1].child_name})" if session.sas else ""
+    tunnel = f" ({sa.ike_name}/{sa.child_name})" if sa else ""
     more = ""
-    if isinstance(event, SessionCreated | SessionRekeyed) and session.sas:
-        more = f": SPI in {session.sas[-1].spi_in}, out {session.sas[-1].spi_out}"
+    if isinstance(event, SessionCreated | SessionRekeyed) and sa:
+        more = f": SPI in {sa.spi_in}, out {sa.spi_out}"
     elif isinstance(event, SessionEnded):
         more = f": {session.end_reason}, {session.packet_count} packets, {session.byte_count} bytes"
     log.log(level, "session %d%s %s%s", session.id, tunnel, what, more)
+
+
+def _log_trouble(event: TunnelTrouble) -> None:
+    session, sa = event.session, event.session.sa
+    name = f"{sa.ike_name}/{sa.child_name}" if sa else "?"
+    if event.is_over:
+        log.info("tunnel %s (session %d): no more %s", name, session.id, event.finding.trouble)
+    else:
+        log.warning("tunnel %s (session %d): %s", name, session.id, event.finding.text)
 
 
 class _JournalFormatter(logging.Formatter):

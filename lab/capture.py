@@ -78,14 +78,20 @@ class Capture:
         ]
         return len(lengths), sum(lengths)
 
-    def spis(self, source: str, destination: str) -> set[int]:
-        """The SPIs of the ESP packets from one address to another (RFC 4303 section 2); plain IP headers only."""
+    def by_spi(self, source: str, destination: str) -> dict[int, tuple[int, int]]:
+        """Packets and bytes of each SPI from one address to another; plain IP headers only."""
+        counts: dict[int, tuple[int, int]] = {}
         header = 40 if ":" in source else 20
-        return {
-            int.from_bytes(packet.octets[header : header + 4])
-            for packet in self.packets
-            if (packet.source, packet.destination) == (source, destination)
-        }
+        for packet in self.packets:
+            if (packet.source, packet.destination) == (source, destination):
+                spi = int.from_bytes(packet.octets[header : header + 4])
+                packets, octets = counts.get(spi, (0, 0))
+                counts[spi] = (packets + 1, octets + packet.length)
+        return counts
+
+    def spis(self, source: str, destination: str) -> set[int]:
+        """The SPIs of the ESP packets from one address to another (RFC 4303 section 2)."""
+        return set(self.by_spi(source, destination))
 
 
 def read_pcap(octets: bytes) -> list[Captured]:

@@ -265,7 +265,14 @@ class Lab:
                 script += [f"{on} ip address add {address} dev {interface}" for address in addresses]
                 script.append(f"{on} ip link set {interface} up")
         for plan in self.topology.hosts:
-            script += [f"ip netns exec {plan.name} ip route add default via {gateway}" for gateway in plan.gateways]
+            on = f"ip netns exec {plan.name}"
+            script += [f"{on} ip route add default via {gateway}" for gateway in plan.gateways]
+            if plan.masquerade:
+                script += [
+                    f"{on} nft 'add table ip nat'",
+                    f"{on} nft 'add chain ip nat post {{ type nat hook postrouting priority srcnat ; }}'",
+                    f"{on} nft 'add rule ip nat post oifname {plan.masquerade} masquerade'",
+                ]
         done = subprocess.run(
             [*enter(first_pid), "sh", "-ec", "\n".join(script)], capture_output=True, text=True, timeout=60, check=False
         )

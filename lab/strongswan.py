@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -200,6 +200,40 @@ class Charon:
             time.sleep(0.02)
         raise LabError(f"{self._host} did not rekey {tunnel}:\n{self.log[-2000:]}")
 
+    def rekey_ike(self, tunnel: str) -> None:
+        """Rekey the IKE_SA of a tunnel; its CHILD_SAs go along."""
+        self._replace_ike(tunnel, {"ike": tunnel})
+
+    def reauthenticate(self, tunnel: str) -> None:
+        """Set the IKE_SA of a tunnel up anew, with its CHILD_SAs: the old ones are deleted first."""
+        self._replace_ike(tunnel, {"ike": tunnel, "reauth": "yes"})
+
+    def configure(self, tunnel: str, **changes: object) -> None:
+        """Load a tunnel's connection again, with other values for some keys (swanctl.conf(5))."""
+        self._load(next(plan for plan in self._tunnels if plan.name == tunnel), changes)
+
+    def _replace_ike(self, tunnel: str, what: dict[str, str]) -> None:
+        before = self._ike_ids(tunnel)
+        with self.session() as vici:
+            vici.rekey(what)
+        deadline = time.monotonic() + 15
+        while time.monotonic() < deadline:
+            after = self._ike_ids(tunnel)
+            if after and not after & before:
+                return
+            time.sleep(0.05)
+        raise LabError(f"{self._host} did not replace the IKE_SA of {tunnel}:\n{self.log[-2000:]}")
+
+    def _ike_ids(self, tunnel: str) -> set[int]:
+        with self.session() as vici:
+            answers = list(vici.list_sas({"ike": tunnel}))
+        return {
+            int(ike["uniqueid"])
+            for answer in answers
+            for ike in answer.values()
+            if ike["state"] == b"ESTABLISHED" and ike["child-sas"]
+        }
+
     def _sas(self) -> Iterator[ChildSa]:
         with self.session() as vici:
             answers = list(vici.list_sas())
@@ -218,14 +252,15 @@ class Charon:
                             int(child["packets-out"]),
                         )
 
-    def _load(self, tunnel: Tunnel) -> None:
+    def _load(self, tunnel: Tunnel, changes: Mapping[str, object] | None = None) -> None:
         here = tunnel.side(self._host)
         there = 1 - here
+        remote = tunnel.nat if tunnel.nat and there == 0 else tunnel.outer[there]
         ids = [f"{end}.lab" for end in tunnel.ends]
         connection = {
             "version": "2",
             "local_addrs": [tunnel.outer[here]],
-            "remote_addrs": [tunnel.outer[there]],
+            "remote_addrs": [remote],
             "proposals": ["aes128-sha256-x25519"],
             "mobike": "no",
             "rekey_time": "0",  # only when a test asks for it
@@ -242,7 +277,7 @@ class Charon:
         }
         with self.session() as vici:
             vici.load_shared({"id": tunnel.name, "type": "IKE", "data": _SECRET, "owners": ids})
-            vici.load_conn({tunnel.name: connection})
+            vici.load_conn({tunnel.name: {**connection, **(changes or {})}})
 
     def _end(self, number: signal.Signals) -> None:
         process = self._running()

@@ -12,13 +12,17 @@ FOLDER = Path(__file__).parent / "topologies"
 
 @dataclass(frozen=True, slots=True)
 class HostPlan:
-    """One host: does it forward, does it run strongSwan, its protected addresses, its default gateways."""
+    """One host: does it forward, does it run strongSwan, its protected addresses, its default gateways.
+
+    `masquerade` is the interface behind which it hides the others (IPv4 NAT), if it does.
+    """
 
     name: str
     forward: bool = False
     charon: bool = False
     inner: tuple[str, ...] = ()
     gateways: tuple[str, ...] = ()
+    masquerade: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +37,15 @@ class Link:
 class Tunnel:
     """A tunnel between two hosts, the initiator first: outer and inner addresses in that order.
 
-    The CHILD_SA and its connection bear the tunnel's name.
+    The CHILD_SA and its connection bear the tunnel's name. `nat` is the address that the responder sees, if the
+    initiator is behind a NAT.
     """
 
     name: str
     ends: tuple[str, str]
     outer: tuple[str, str]
     inner: tuple[str, str]
+    nat: str = ""
 
     @property
     def initiator(self) -> str:
@@ -89,12 +95,19 @@ def load(name: str) -> Topology:
                 wanted.get("charon", False),
                 tuple(wanted.get("inner", ())),
                 tuple(wanted.get("gateways", ())),
+                wanted.get("masquerade", ""),
             )
             for host, wanted in plan["hosts"].items()
         ),
         tuple(_link(link) for link in plan["links"]),
         tuple(
-            Tunnel(tunnel["name"], _pair(tunnel["ends"]), _pair(tunnel["outer"]), _pair(tunnel["inner"]))
+            Tunnel(
+                tunnel["name"],
+                _pair(tunnel["ends"]),
+                _pair(tunnel["outer"]),
+                _pair(tunnel["inner"]),
+                tunnel.get("nat", ""),
+            )
             for tunnel in plan.get("tunnels", [])
         ),
     )

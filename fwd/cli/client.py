@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,9 @@ from ..rpc import INTERNAL_ERROR, MAX_ANSWER_BYTES, RpcError
 
 TIMEOUT_S = 10.0
 _PAGE = 500
+
+#: How often `events` asks for more, in seconds.
+_POLL_S = 0.2
 
 
 class NoDaemon(Exception):
@@ -58,6 +62,18 @@ class Client:
         while after is not None:
             page = self.call("session.list", filter=dict(words), after=after, limit=_PAGE)
             yield from page["sessions"]
+            after = page["next"]
+
+    def events(self, words: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+        """Events from now on, for ever; those that were forgotten before they were read come as one `missed` event."""
+        after = self.call("event.list", filter=dict(words))["next"]
+        while True:
+            page = self.call("event.list", filter=dict(words), after=after)
+            if page["lost"]:
+                yield {"number": after + page["lost"], "time": time.time(), "event": "missed", "count": page["lost"]}
+            yield from page["events"]
+            if page["next"] == after:
+                time.sleep(_POLL_S)
             after = page["next"]
 
     def close(self) -> None:

@@ -46,6 +46,14 @@ class _Asked:
         click.echo(json.dumps(answer, indent=2) if self.as_json else text(answer))
 
 
+def _spi(text: str) -> int:
+    """An SPI as strongSwan, tcpdump or fwd write it."""
+    try:
+        return int(text, 0)
+    except ValueError:
+        raise click.BadParameter(f"found '{text}', want a number such as 3220415600 or 0xbff34c70") from None
+
+
 def _json_option(command: _Command) -> _Command:
     """Let `--json` stand after the command's words as well as before them."""
 
@@ -76,6 +84,9 @@ def fwctl(context: click.Context, path: str, as_json: bool) -> None:
       fwctl show session all filter application ipsec-udp state active
       fwctl show session id 7                         one session in full
       fwctl show tunnel                               the SAs that strongSwan told of
+      fwctl show tunnel detail                        their health: control against data
+      fwctl explain session 7                         why it is as it is, in sentences
+      fwctl monitor                                   what happens, as it happens
       fwctl show counter global                       what was counted, and dropped
       fwctl clear session id 7                        forget a session
 
@@ -155,16 +166,34 @@ def show_counter_global(asked: _Asked) -> None:
     asked.show(asked.client.call("counter.list"), render.counters)
 
 
-@show.command("tunnel")
+@show.group("tunnel", invoke_without_command=True)
 @_json_option
-@click.pass_obj
-def show_tunnel(asked: _Asked) -> None:
+@click.pass_context
+def show_tunnel(context: click.Context) -> None:
     """Show the SAs of tunnels that end here, as strongSwan told of them, with their age.
 
     An SA is stale while strongSwan does not answer: it stays in use, but nobody vouches for it.
     """
-    width = max(80, shutil.get_terminal_size(fallback=(120, 25)).columns)
-    asked.show(asked.client.call("tunnel.list"), lambda answer: render.tunnels(answer, width))
+    if context.invoked_subcommand is None:
+        asked = context.find_object(_Asked)
+        assert asked is not None
+        width = max(80, shutil.get_terminal_size(fallback=(120, 25)).columns)
+        asked.show(asked.client.call("tunnel.list"), lambda answer: render.tunnels(answer, width))
+
+
+@show_tunnel.command("detail")
+@click.argument("name", required=False)
+@_json_option
+@click.pass_obj
+def show_tunnel_detail(asked: _Asked, name: str | None) -> None:
+    """Show what is known of tunnels that end here, or of the one named: control against data.
+
+    \b
+    For each: its SPI generations with what each carried and how healthy it looks, strongSwan's own packet counts
+    beside fwd's, and what is wrong: no packets, one way only, lost or late ones, packets on a deleted SA, counts
+    that differ, fragments. NAME is that of a CHILD_SA or of its IKE_SA.
+    """
+    asked.show(asked.client.call("tunnel.detail", name=name), render.tunnel_detail)
 
 
 @show.group("system")
@@ -178,6 +207,57 @@ def show_system() -> None:
 def show_system_info(asked: _Asked) -> None:
     """Show version, uptime, configuration, queue and strongSwan's state."""
     asked.show(asked.client.call("system.info"), render.system_info)
+
+
+@fwctl.group()
+def explain() -> None:
+    """Say in plain sentences why something is as it is."""
+
+
+@explain.command("session")
+@click.argument("session_id", metavar="N", type=click.IntRange(min=1))
+@_json_option
+@click.pass_obj
+def explain_session(asked: _Asked, session_id: int) -> None:
+    """Say why a session has these ports, which rule decided, which timers run, what the next packet would meet."""
+    width = shutil.get_terminal_size(fallback=(100, 25)).columns
+    asked.show(asked.client.call("explain.session", id=session_id), lambda answer: render.explanation(answer, width))
+
+
+@explain.command("packet")
+@click.option("--src", required=True, help="Source address.")
+@click.option("--dst", required=True, help="Destination address.")
+@click.option("--spi", required=True, type=_spi, metavar="SPI", help="SPI, in decimal or, behind 0x, in hex.")
+@click.option("--ports", type=(int, int), help="Source and destination port, for ESP in UDP.")
+@_json_option
+@click.pass_obj
+def explain_packet(asked: _Asked, src: str, dst: str, spi: int, ports: tuple[int, int] | None) -> None:
+    """Say which tunnel an ESP packet belongs to, as tcpdump shows it, and what would become of it.
+
+    \b
+      fwctl explain packet --src 192.0.2.2 --dst 192.0.2.1 --spi 0xc6f2a1b0
+    """
+    width = shutil.get_terminal_size(fallback=(100, 25)).columns
+    answer = asked.client.call("explain.packet", src=src, dst=dst, spi=spi, ports=ports and list(ports))
+    asked.show(answer, lambda answer: render.explanation(answer, width))
+
+
+@fwctl.command(
+    help="Show events as they happen, until Ctrl-C: sessions created, promoted, rekeyed, discarded, ended;"
+    " troubles of tunnels; strongSwan away or back; counters of warnings and drops. With --json, a line of"
+    " JSON each. A reader that is too slow is told how many events it missed."
+)
+@click.argument("words", nargs=-1, metavar="[filter KEY VALUE ...]")
+@click.option("--limit", type=click.IntRange(min=1), help="Stop after so many events.")
+@_json_option
+@click.pass_obj
+def monitor(asked: _Asked, words: tuple[str, ...], limit: int | None) -> None:
+    chosen = _filter(words)
+    for number, event in enumerate(asked.client.events(chosen), 1):
+        click.echo(json.dumps(event) if asked.as_json else render.event(event))
+        sys.stdout.flush()
+        if number == limit:
+            return
 
 
 @fwctl.group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -60,6 +61,11 @@ def session_detail(session: Mapping[str, Any]) -> str:
     if session["ipsec"]:
         lines += ["", "        IPsec, as seen by fwd:"]
         lines += [_footer(label, value) for label, value in _ipsec_values(session)]
+    if session.get("ike") or session.get("linked"):
+        lines += ["", "        IKE, as seen on the wire:"]
+        lines += [_footer(label, value) for label, value in _ike_values(session)]
+    if session["ipsec"] and (table := _spi_table(session)):
+        lines += ["", *table]
     return "\n".join(lines)
 
 
@@ -132,6 +138,102 @@ def _ipsec_values(session: Mapping[str, Any]) -> Iterable[tuple[str, object]]:
     for name, spis in ipsec["spis_seen"].items():
         yield f"SPIs seen on the wire ({name})", ", ".join(map(spi, spis)) or "none yet"
     yield "SPIs on the kernel's fast path", ipsec["spis_in_kernel"]
+    if any(ipsec["fragments"].values()):
+        yield "packets in fragments (c2s, s2c)", f"{ipsec['fragments']['c2s']}, {ipsec['fragments']['s2c']}"
+    for finding in ipsec.get("findings", ()):
+        yield f"trouble: {finding['trouble']}", finding["text"]
+
+
+def _ike_values(session: Mapping[str, Any]) -> Iterable[tuple[str, object]]:
+    for sa in session.get("ike", ()):
+        yield "IKE_SA (SPIs initiator, responder)", f"{sa['initiator_spi']}, {sa['responder_spi']}"
+        yield "version, messages, retransmitted", f"{sa['version']}, {sa['messages']}, {sa['retransmits']}"
+        yield "last exchange", f"{sa['last_exchange']} at {clock(sa['last_seen'])}"
+        yield "exchange for a CHILD_SA answered", f"at {clock(sa['completed'])}" if sa["completed"] else "not seen"
+        yield "on port 4500 since", clock(sa["floated"]) if sa["floated"] else "never"
+    if linked := session.get("linked"):
+        yield "other sessions of it", ", ".join(f"{other['id']} ({other['application']})" for other in linked)
+
+
+def clock(epoch: float) -> str:
+    """A time of day."""
+    return time.strftime("%H:%M:%S", time.localtime(epoch))
+
+
+def _spi_table(session: Mapping[str, Any]) -> list[str]:
+    """Each SPI with what it carried and the health that its sequence numbers show; nothing if none was seen."""
+    ipsec = session["ipsec"]
+    if ipsec.get("generations"):
+        return generation_table(ipsec["generations"])
+    uses = [(name, use) for name, all_of in ipsec.get("spis", {}).items() for use in all_of]
+    if not uses:
+        return []
+    table = _table("", "SPI", "First seen", "Last seen", ">Packets", ">Bytes", ">Lost", ">Late", ">Dup", "Pair, story")
+    for name, use in sorted(uses, key=lambda item: item[1]["first_seen"]):
+        table.add_row(name, *_use_cells(use), _story(use))
+    return ["SPIs, as observed on the wire; their numbers are not authenticated:", *_lines(table)]
+
+
+def _use_cells(use: Mapping[str, Any]) -> list[str]:
+    numbers = use["sequence"]
+    return [
+        spi(use["spi"]),
+        clock(use["first_seen"]),
+        clock(use["last_seen"]),
+        str(use["packets"]),
+        str(use["bytes"]),
+        *(str(numbers[key]) for key in ("lost", "late", "duplicates")),
+    ]
+
+
+def _story(use: Mapping[str, Any]) -> str:
+    """What an SPI in transit is to the others."""
+    words = {
+        "takes-over": "takes over from {}",
+        "follows": "after {}, which was silent",
+        "beside": "beside {}: a second tunnel",
+        "undecided": "rekey of {}, or a second tunnel",
+    }
+    if "evidence" not in use:
+        return ""
+    partner = f"with {use['partner']} ({use['evidence']})" if use["partner"] else use["evidence"]
+    relation = words.get(use["relation"], "").format(use["before"])
+    return f"{partner}; {relation}" if relation else partner
+
+
+def generation_table(generations: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The SPI pairs of a tunnel that ends here, oldest first: a rekey is a row that ends where the next begins."""
+    table = _table(
+        "#", "", "SPI", "First seen", "Last seen", ">Packets", ">Bytes", ">Lost", ">Late", ">Dup", "Installed, end"
+    )
+    for number, pair in enumerate(generations, 1):
+        end = f"{pair['end']} {clock(pair['removed'])}" if pair["removed"] else "in use"
+        notes = {"in": f"{clock(pair['installed'])}, {end}", "out": ""}
+        overlap = pair["overlap_s"]["in"]
+        if overlap is not None:
+            notes["out"] = f"{overlap:.1f} s beside #{number - 1}"
+        for way in ("in", "out"):
+            use = pair[way]
+            unseen = [spi(pair[f"spi_{way}"]), "never", "never", "0", "0", "0", "0", "0"]
+            table.add_row(str(number) if way == "in" else "", way, *(_use_cells(use) if use else unseen), notes[way])
+    return ["SPI generations; sequence numbers as observed, not authenticated:", *_lines(table)]
+
+
+def _table(*titles: str) -> Table:
+    """A plain table; a title behind `>` stands to the right."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
+    for title in titles:
+        table.add_column(title.lstrip(">"), justify="right" if title.startswith(">") else "left", no_wrap=True)
+    return table
+
+
+def _lines(table: Table, width: int = 400) -> list[str]:
+    """A table as text, its title between rules."""
+    page = Console(file=io.StringIO(), width=width, highlight=False, markup=False, emoji=False)
+    with page.capture() as capture:
+        page.print(table)
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    return [_RULE, lines[0], _RULE, *lines[1:]]
 
 
 def spi(number: int) -> str:
@@ -206,13 +308,17 @@ def counters(answer: Mapping[str, Any]) -> str:
     )
 
 
-def tunnels(answer: Mapping[str, Any], width: int) -> str:
-    """`show tunnel`: the IKE daemon's state, then each CHILD_SA with its SPIs and its session."""
-    source = answer["source"]
+def _source_line(source: Mapping[str, Any]) -> str:
+    """The IKE daemon's state."""
     answered = source["last_answer_age_s"]
     last = "never answered" if answered is None else f"last answer {duration(answered)} ago"
     state = "connected" if source["connected"] else f"AWAY ({source['reason']})"
-    head = f"strongSwan on {source['socket']}: {state}, {last}"
+    return f"strongSwan on {source['socket']}: {state}, {last}"
+
+
+def tunnels(answer: Mapping[str, Any], width: int) -> str:
+    """`show tunnel`: the IKE daemon's state, then each CHILD_SA with its SPIs and its session."""
+    head = _source_line(answer["source"])
     if not answer["tunnels"]:
         return f"{head}\nNo tunnel ends on this host."
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
@@ -231,11 +337,81 @@ def tunnels(answer: Mapping[str, Any], width: int) -> str:
             duration(tunnel["age_s"]),
             "fresh" if stale is None else f"stale {duration(stale)}",
         )
-    page = Console(file=io.StringIO(), width=width, highlight=False, markup=False, emoji=False)
-    with page.capture() as capture:
-        page.print(table)
-    lines = [line.rstrip() for line in capture.get().splitlines()]
-    return "\n".join([head, _RULE, lines[0], _RULE, *lines[1:]])
+    return "\n".join([head, *_lines(table, width)])
+
+
+def tunnel_detail(answer: Mapping[str, Any]) -> str:
+    """`show tunnel detail`: each tunnel that ends here, its SPI generations, both counts, and what is wrong."""
+    lines = [_source_line(answer["source"])]
+    if not answer["tunnels"]:
+        lines.append("No tunnel ends on this host.")
+    for tunnel in answer["tunnels"]:
+        lines += [
+            "",
+            f"Tunnel {tunnel['ike_sa']}/{tunnel['child_sa']} (reqid {tunnel['reqid']}, {tunnel['mode'].lower()} mode)",
+            _fact("local", f"{tunnel['local']} ({tunnel['local_id']})"),
+            _fact("remote", f"{tunnel['remote']} ({tunnel['remote_id']})"),
+            _fact("session", f"{tunnel['session']} ({tunnel['state']}), {_times(tunnel['rekeys'], 'rekey')}"),
+        ]
+        if tunnel["nat_t_ports"]:
+            lines.append(_fact("NAT-T", "UDP ports " + " to ".join(map(str, tunnel["nat_t_ports"]))))
+        lines += [_fact("packets", _against(pair)) for pair in tunnel["generations"] if pair["strongswan"]]
+        lines += [_fact("trouble", finding["text"]) for finding in tunnel["findings"]] or [_fact("trouble", "none")]
+        lines += generation_table(tunnel["generations"])
+    return "\n".join(lines)
+
+
+def _against(pair: Mapping[str, Any]) -> str:
+    """The IKE daemon's counts of an SA pair beside ours, which are as many packets more."""
+    theirs = pair["strongswan"]
+    return (
+        f"strongSwan counts {theirs['packets_in']} in, {theirs['packets_out']} out on SPI {pair['spi_in']};"
+        f" fwd {theirs['fwd_more_in']:+} in, {theirs['fwd_more_out']:+} out, at {clock(theirs['at'])}"
+    )
+
+
+def _times(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _fact(label: str, value: object) -> str:
+    return f"  {label:<9}{value}"
+
+
+def explanation(answer: Mapping[str, Any], width: int) -> str:
+    """`explain`: sentences under headings."""
+    lines = []
+    for group in answer["groups"]:
+        lines.append(f"{group['heading'].capitalize()}:")
+        for sentence in group["sentences"]:
+            lines += textwrap.wrap(sentence, width, initial_indent="  ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def event(event: Mapping[str, Any]) -> str:
+    """One line of `monitor`."""
+    fraction = int(event["time"] % 1 * 1000)
+    head = f"{clock(event['time'])}.{fraction:03} {event['event']:<9} "
+    if event["event"] == "counter":
+        return f"{head} {event['counter']} +{event['amount']} = {event['value']}  ({event['description']})"
+    if event["event"] == "missed":
+        return f"{head} {event['count']} events were forgotten before they were read"
+    if event["event"] == "stale":
+        return f"{head} strongSwan " + ("answers again" if event["over"] else f"is away: {event['reason']}")
+    flow = f"{event['source']}[{event['sport']}] -> {event['destination']}[{event['dport']}]"
+    words = [f"session {event['id']} {event['application']} {flow}"]
+    if event["tunnel"]:
+        words.append(event["tunnel"])
+    match event["event"]:
+        case "rekeyed":
+            words.append(f"new SPIs: in {spi(event['spi_in'])}, out {spi(event['spi_out'])}")
+        case "ended":
+            words.append(f"{event['end_reason']}, {event['packets']} packets, {event['bytes']} bytes")
+        case "trouble":
+            words.append(f"no more {event['trouble']}" if event["over"] else event["text"])
+        case _:
+            words.append(f"rule {event['rule']}")
+    return f"{head} {'; '.join(words)}"
 
 
 def system_info(facts: Mapping[str, object]) -> str:

@@ -15,6 +15,8 @@ NAT_T_PORT: Final = 4500  # RFC 3948 section 2
 NON_ESP_MARKER: Final = b"\x00\x00\x00\x00"  # RFC 3948 section 2.2: IKE on the NAT-T port
 NAT_KEEPALIVE: Final = b"\xff"  # RFC 3948 section 2.3
 
+REPLAY_WINDOW: Final = 64  # RFC 4303 section 3.4.3: the window that a receiver should have
+
 GENERIC_ESP_PORT: Final = 20033  # what PAN-OS shows for ESP in transit (kA10g000000ClXiCAK)
 
 # --- chosen by us ------------------------------------------------------------------------------------
@@ -30,8 +32,38 @@ AGER_WORK_PER_TURN: Final = 512
 #: delete may still be under way or in the queue, and are not to be taken for an unknown tunnel's.
 SA_LINGER_S: Final = 5.0
 
-#: SPIs remembered for each direction of a session (shown as "seen on the wire").
-SPIS_SEEN: Final = 16
+#: SPIs remembered for each direction of a session, with what each carried.
+SPIS_SEEN: Final = 32
+
+#: Peers whose IKE is remembered, and how many IKE_SAs of each two.
+PEERS_KEPT: Final = 4096
+IKE_SAS_PER_PEERS: Final = 8
+
+#: An SPI that is silent so soon after another one began has given way to it; strongSwan deletes the old SA at once,
+#: others take some seconds. Two SPIs that were alone for so long are a pair, whatever comes later.
+TAKE_OVER_S: Final = 10.0
+PAIR_PROOF_S: Final = 10.0
+
+#: A tunnel is one-way when one side was silent for so long before the other's last packet, which is no older than that.
+ONE_WAY_S: Final = 30.0
+
+#: fwd's count of an SA and the IKE daemon's are read some milliseconds apart: a difference of so many packets, and of
+#: this share of all, means nothing.
+MISCOUNT_SLACK: Final = 16
+MISCOUNT_SHARE: Final = 0.01
+
+#: How often tunnels are looked at for trouble, in seconds, and how many in one go.
+WATCH_INTERVAL_S: Final = 1.0
+WATCH_SLICE: Final = 256
+
+#: Peers whose sessions of one SPI each are looked at in one go, to see whether they are one tunnel.
+PAIRINGS_PER_TURN: Final = 64
+
+#: SPIs that are remembered after their SA is gone, to tell packets that still use them from those of strangers.
+FORMER_SPIS_KEPT: Final = 4096
+
+#: CHILD_SAs of a tunnel that its session remembers, those that are gone included.
+GENERATIONS_KEPT: Final = 32
 
 #: Keys of SPIs that nobody knows which may lead to one generic session; the oldest gives way.
 UNKNOWN_SPI_KEYS: Final = 32
@@ -41,6 +73,14 @@ SAMPLE_INTERVAL_S: Final = 1.0
 
 #: SPIs of one session that are repeated without a look at the rules, all interfaces and addresses taken together.
 ELEMENTS_PER_SESSION: Final = 1024
+
+#: Sequence numbers are in packets, which the kernel's fast path does not show: so often the daemon has a look at one
+#: of each SPI, at most so many in one go. Not at an SPI that carried fewer packets since: it would be out of the kernel
+#: for long. Nor at one that carried more since its counts were read last: later packets could overtake that one.
+LOOK_INTERVAL_S: Final = 10.0
+LOOKS_PER_TURN: Final = 16
+LOOK_MIN_PACKETS: Final = 10
+LOOK_MAX_PACKETS: Final = 10_000
 
 #: An element that saw no packet for so long is given up: SPIs change, and the next packet brings it back.
 ELEMENT_IDLE_S: Final = 300.0

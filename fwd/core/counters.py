@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from .constants import SAMPLE_INTERVAL_S
+from .health import Trouble
 from .packet import Malformation
 
 
@@ -33,6 +34,18 @@ _MALFORMATIONS: Final = {
     Malformation.ESP: "Packets dropped: ESP with SPI 0, which must not be on the wire",
     Malformation.UDP: "Packets dropped: too short for ESP in UDP, and no keepalive",
     Malformation.NOT_IPSEC: "Packets dropped: neither ESP nor IKE nor NAT-T",
+}
+
+_TROUBLES: Final = {
+    Trouble.SILENT: "Tunnels found without a packet for the configured time",
+    Trouble.ONE_WAY: "Tunnels found carrying packets one way only",
+    Trouble.LOSS: "Tunnels found losing packets, by their sequence numbers",
+    Trouble.OUT_OF_ORDER: "Tunnels found with packets out of order",
+    Trouble.RESET: "Tunnels found with sequence numbers that began anew",
+    Trouble.AFTER_DELETE: "Tunnels found with packets on an SA that is deleted",
+    Trouble.MISCOUNT: "Tunnels found where the IKE daemon counts other packets than fwd",
+    Trouble.FRAGMENTS: "Tunnels found with fragmented ESP",
+    Trouble.STALE: "Tunnels found while the IKE daemon was away",
 }
 
 COUNTERS: Final[tuple[Counter, ...]] = (
@@ -59,16 +72,28 @@ COUNTERS: Final[tuple[Counter, ...]] = (
     Counter("session_aged_out", "info", "session", "aging", "Sessions ended by the session ager"),
     Counter("session_cleared", "info", "session", "mgmt", "Sessions ended by an operator"),
     Counter("session_tunnel_down", "info", "session", "tunnel", "Sessions ended with their tunnel"),
+    Counter("pkt_fragment", "warn", "packet", "fragment", "Packets seen in fragments, or larger than their link's MTU"),
+    Counter("flow_ike_gate_closed", "warn", "flow", "session", "Sessions denied: no IKE exchange between the peers"),
+    Counter("ike_completed", "info", "tunnel", "ike", "IKE exchanges that were answered and may have made a CHILD_SA"),
+    Counter("ike_keepalive", "info", "tunnel", "ike", "NAT keepalives"),
+    Counter("ike_not_ike", "warn", "tunnel", "ike", "Packets on IKE's ports without an IKE header"),
     Counter("sa_established", "info", "tunnel", "ike", "CHILD_SAs that came up"),
     Counter("sa_rekeyed", "info", "tunnel", "ike", "CHILD_SAs rekeyed"),
+    Counter("sa_moved", "info", "tunnel", "ike", "CHILD_SAs whose addresses changed (MOBIKE)"),
     Counter("sa_deleted", "info", "tunnel", "ike", "CHILD_SAs that went"),
     Counter("sa_snapshot", "info", "tunnel", "ike", "Times all CHILD_SAs were read from the IKE daemon"),
     Counter("sa_source_lost", "warn", "tunnel", "ike", "Times the IKE daemon stopped answering"),
     Counter("sa_spi_conflict", "warn", "tunnel", "ike", "CHILD_SAs without a session: their SPI is another one's"),
+    Counter("pkt_unknown_spi", "warn", "tunnel", "ike", "Packets to or from this host on an SPI that nobody owns"),
+    Counter("pkt_deleted_sa", "warn", "tunnel", "ike", "Packets on an SPI whose SA the IKE daemon has deleted"),
+    *(Counter(trouble.counter, "warn", "tunnel", "health", text) for trouble, text in _TROUBLES.items()),
     Counter("rules_restored", "warn", "queue", "resource", "Times the netfilter rules were gone and put back"),
     Counter("control_request", "info", "mgmt", "control", "Requests on the control socket"),
     Counter("control_refused", "warn", "mgmt", "control", "Requests and clients refused on the control socket"),
 )
+
+
+_ALARMING: Final = tuple(counter for counter in COUNTERS if counter.severity != "info")
 
 
 class Counters:
@@ -86,10 +111,17 @@ class Counters:
         """When `sample` wants to be called again, in monotonic seconds."""
         return self._samples[-1][0] + SAMPLE_INTERVAL_S
 
-    def sample(self, now: float) -> None:
-        """Remember the values if the last sample is old enough."""
-        if now >= self.next_sample_at():
-            self._samples.append((now, dict(self.values)))
+    def sample(self, now: float) -> list[tuple[Counter, int]]:
+        """Remember the values if the last sample is old enough; gives the warnings and drops since then."""
+        if now < self.next_sample_at():
+            return []
+        before, after = self._samples[-1][1], dict(self.values)
+        self._samples.append((now, after))
+        return [
+            (counter, after[counter.name] - before[counter.name])
+            for counter in _ALARMING
+            if after[counter.name] != before[counter.name]
+        ]
 
     def elapsed_s(self, now: float) -> float:
         """Seconds over which `rate` is taken."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from .health import Finding
 from .sa import ChildSa
 from .session import Session
 
@@ -45,4 +46,34 @@ class SessionEnded:
     session: Session
 
 
-Event: TypeAlias = SessionCreated | SessionPromoted | SessionRekeyed | SessionDiscarded | SessionEnded
+@dataclass(frozen=True, slots=True)
+class TunnelTrouble:
+    """Something is wrong with a tunnel that ends here; `is_over`: it was, and is no more."""
+
+    session: Session
+    finding: Finding
+    is_over: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TunnelsStale:
+    """The IKE daemon does not answer: what is known of tunnels may be out of date. `is_over`: it answers again."""
+
+    reason: str
+    is_over: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CounterRose:
+    """A counter of severity warn or drop rose by `amount` within about a second."""
+
+    name: str
+    description: str
+    amount: int
+    value: int
+
+
+SessionEvent: TypeAlias = (
+    SessionCreated | SessionPromoted | SessionRekeyed | SessionDiscarded | SessionEnded | TunnelTrouble
+)
+Event: TypeAlias = SessionEvent | TunnelsStale | CounterRose

@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 from .constants import ELEMENTS_PER_SESSION, READS_PER_REQUEST, SWEEP_INTERVAL_S, SWEEP_PAUSE_S, SWEEP_SLICE
 from .policy import Verdict
-from .session import Element, ElementKey, Flow, Place, Session
+from .session import Element, ElementKey, Place, Session, SpiUse
 
 #: Packets and bytes, as the kernel counted them since the element was made.
 Reading: TypeAlias = tuple[int, int]
@@ -77,7 +77,8 @@ class FastPath:
         self._reads: list[Element] = []
         self._retiring: deque[Element] = deque()
         self._elements: dict[ElementKey, Element] = {}
-        #: All elements, the one looked at longest ago first; some that are gone are among them.
+        self._looked_at: dict[ElementKey, Element] = {}
+        #: All elements, the one whose counts were read longest ago first; some that are gone are among them.
         self._rounds: deque[Element] = deque()
         self._left_in_round = 0
         self._next_round_at = 0.0
@@ -96,24 +97,30 @@ class FastPath:
         """Whether counts of removed elements have still to come."""
         return bool(self._removals)
 
-    def learn(self, key: ElementKey, flow: Flow, verdict: Verdict, first: Reading, now: float) -> bool:
-        """Repeat the decision on the flow's session for packets with this key from now on. False: there is no room.
+    @property
+    def is_asking(self) -> bool:
+        """Whether the kernel is to be asked for counts."""
+        return bool(self._reads)
+
+    def learn(self, key: ElementKey, use: SpiUse, verdict: Verdict, first: Reading, now: float) -> bool:
+        """Repeat the decision on the SPI's session for packets with this key from now on. False: there is no room.
 
         `first` is what the daemon counted already under this key; the kernel goes on from there.
         """
-        session = flow.session
+        session = use.flow.session
         if len(self._elements) >= self.capacity or len(session.elements) >= ELEMENTS_PER_SESSION:
             return False
-        element = Element(key, flow, verdict, *first, now)
+        element = Element(key, use, verdict, *first, now, looked_at=now)
         self._take_in(element)
+        self._looked_at.pop(key, None)
         if self.is_on and not session.rule.inspects_every_packet:
             element.place = Place.PENDING
             self.pending.append(element)
         return True
 
-    def adopt(self, found: Found, flow: Flow, now: float) -> None:
+    def adopt(self, found: Found, use: SpiUse, now: float) -> None:
         """Take over an element that is in the kernel already; what it counted is the caller's to add."""
-        self._take_in(Element(found.key, flow, found.verdict, *found.reading, now, Place.KERNEL))
+        self._take_in(Element(found.key, use, found.verdict, *found.reading, now, Place.KERNEL))
         self.in_kernel += 1
 
     def settle(self, installs: Iterable[Element], is_installed: bool) -> None:
@@ -136,6 +143,18 @@ class FastPath:
             if element.place is Place.KERNEL:
                 self._removals.append(element)
         self._forget(gone)
+
+    def look_at(self, elements: Iterable[Element]) -> None:
+        """Withdraw these for one packet each, so that the daemon sees its sequence number; it puts them back."""
+        chosen = list(elements)
+        self.withdraw(chosen)
+        self._looked_at.update((element.key, element) for element in chosen)
+
+    def take_looked_at(self) -> list[Element]:
+        """Those whose packet has not come yet, to be put back without it."""
+        waiting = [element for element in self._looked_at.values() if element.flow.session.is_decided]
+        self._looked_at.clear()
+        return waiting
 
     def retire(self, elements: Iterable[Element]) -> None:
         """Withdraw these soon, a slice at a time: there may be many."""

@@ -18,25 +18,58 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
+from itertools import islice
 
 from .ager import Ager
-from .constants import CLEAR_SLICE, ELEMENT_IDLE_S, SA_LINGER_S, UNKNOWN_SPI_KEYS
+from .constants import (
+    CLEAR_SLICE,
+    ELEMENT_IDLE_S,
+    LOOK_INTERVAL_S,
+    LOOK_MAX_PACKETS,
+    LOOK_MIN_PACKETS,
+    LOOKS_PER_TURN,
+    PAIR_PROOF_S,
+    PAIRINGS_PER_TURN,
+    SA_LINGER_S,
+    SAMPLE_INTERVAL_S,
+    SPIS_SEEN,
+    UNKNOWN_SPI_KEYS,
+    WATCH_INTERVAL_S,
+    WATCH_SLICE,
+)
 from .counters import Counters
-from .events import Event, SessionCreated, SessionDiscarded, SessionEnded, SessionPromoted, SessionRekeyed
+from .events import (
+    CounterRose,
+    Event,
+    SessionCreated,
+    SessionDiscarded,
+    SessionEnded,
+    SessionPromoted,
+    SessionRekeyed,
+    TunnelsStale,
+    TunnelTrouble,
+)
 from .fast_path import FastPath, Found, Outcome, Reading, Work
+from .gate import CLOSED, IkeGate
+from .health import Finding, Trouble, compare, findings
+from .ike import IkeSa, IkeWatcher, Peers, of_tunnel, peers_of
 from .interfaces import InterfaceEvent, InterfaceTable
-from .packet import Packet, PacketError, packet_of, parse, peek
+from .packet import Kind, Packet, PacketError, packet_of, parse, peek
+from .pairing import observe
 from .policy import Action, Rule, Verdict
 from .sa import (
     ChildSa,
     SaAdded,
     SaDeleted,
     SaDirectory,
+    SaEnd,
     SaEstablished,
     SaEvent,
     SaRekeyed,
+    SaRemoved,
     SaSnapshot,
     SaSourceLost,
+    SaUpdated,
     SpiKey,
     TunnelKey,
 )
@@ -47,13 +80,16 @@ from .session import (
     ElementKey,
     Flow,
     FlowKey,
+    Generation,
     Place,
     Session,
     SessionType,
+    SpiUse,
     flow_key,
-    port_of,
+    ports_of,
+    spi_flow_key,
 )
-from .settings import Settings, UnknownSpi
+from .settings import PassThrough, Settings, TransitPorts, UnknownSpi
 from .state import EndReason, State, Trigger
 from .table import Key, SessionTable, TableFull
 
@@ -98,6 +134,16 @@ class Firewall:
         self._tunnels: dict[TunnelKey, Session] = {}
         self._lingering: deque[tuple[float, Session, ChildSa]] = deque()
         self._zone_of_index: dict[int, str] = {}
+        #: IKE as it was seen between any two peers, and the gate that it opens for their ESP in transit.
+        self.ike = IkeWatcher()
+        self.gate = IkeGate()
+        #: Sessions of one SPI in transit whose partner is not known yet.
+        self._unpaired: dict[Peers, list[Session]] = {}
+        self._next_pairing_at = 0.0
+        self._to_watch: deque[Session] = deque()
+        self._next_watch_at = 0.0
+        self._troubles: dict[int, dict[Trouble, Finding]] = {}
+        self._is_to_compare = False
         self._events: deque[Event] = deque()
         self._to_clear: deque[Session] = deque()
         self._asked: list[Session] = []
@@ -115,6 +161,11 @@ class Firewall:
                 element.own_packets += 1
                 element.own_bytes += plain[1]
                 element.seen_at = now
+                use = element.use
+                if plain[2] == use.next_seq:  # none is missing, or it is the kernel that saw it
+                    use.next_seq += 1
+                else:
+                    use.look(plain[2])
                 return element.verdict
         self.counters.add("pkt_recv")
         try:
@@ -136,10 +187,17 @@ class Firewall:
         if session.state is State.OPENING:
             zone = self._zone(ingress)
             self._promote(session, self.interfaces.name_of(ingress), zone, now)
-        verdict = self._account(flow, packet, now)
-        if packet.spi is not None and session.is_decided:
+        if packet.kind is Kind.IKE and session.state is State.ACTIVE:
+            self._note_ike(packet, session, now)
+        counted = self._account(flow, packet, now)
+        if packet.is_fragment or packet.length > self.interfaces.mtu_of(ingress):
+            flow.fragment_count += 1
+            self.counters.add("pkt_fragment")
+        verdict = Verdict.DROP if session.state is State.DISCARD else Verdict.ACCEPT
+        if counted is not None and session.is_decided:
+            like_it = (indev, outdev, packet.outer)
             first = (1, packet.length)
-            if not self.fast_path.learn((indev, outdev, packet.outer), flow, verdict, first, now):
+            if self._element(like_it) is None and not self.fast_path.learn(like_it, counted, verdict, first, now):
                 self.counters.add("fast_path_full")
         return verdict
 
@@ -150,13 +208,24 @@ class Firewall:
     def apply_sa(self, event: SaEvent, now: float) -> None:
         """Learn what the IKE daemon says of its SAs; sessions follow at once."""
         self.counters.add(_SA_COUNTERS[type(event)])
+        if isinstance(event, SaSourceLost):
+            self._events.append(TunnelsStale(event.reason))
+        elif isinstance(event, SaSnapshot) and self.directory.lost_reason:
+            self._events.append(TunnelsStale(self.directory.lost_reason, is_over=True))
         for change in self.directory.apply(event, now):
-            if isinstance(change, SaAdded):
-                self._add_sa(change.sa, now)
-            else:
-                self._remove_sa(change.sa, now)
+            match change:
+                case SaAdded(sa):
+                    self._add_sa(sa, now)
+                case SaUpdated(old, new):
+                    self._update_sa(old, new, now)
+                case SaRemoved(sa, end):
+                    self._remove_sa(sa, end, now)
         if isinstance(event, SaSnapshot):
             self._predict_missing(now)
+            self.fast_path.read_sessions(self._tunnels.values())
+            self._is_to_compare = True
+            if not self.fast_path.is_asking:
+                self._compare(now)
         elif isinstance(event, SaRekeyed) and (session := self._tunnels.get(event.new.tunnel)):
             session.rekeys += 1
             self._events.append(SessionRekeyed(session, event.new))
@@ -199,13 +268,21 @@ class Firewall:
             deadlines.append(self._lingering[0][0])
         if (sweep := self.fast_path.next_deadline()) is not None:
             deadlines.append(sweep)
+        if (gate := self.gate.next_deadline()) is not None:
+            deadlines.append(gate)
+        if self._tunnels:
+            deadlines.append(self._next_watch_at)
+        if self._unpaired:
+            deadlines.append(self._next_pairing_at)
         if self._to_clear:
             deadlines.append(0.0)
         return min(deadlines)
 
     def handle_timer(self, now: float) -> None:
         """Do what is due, a bounded amount of it."""
-        self.counters.sample(now)
+        for counter, amount in self.counters.sample(now):
+            value = self.counters.values[counter.name]
+            self._events.append(CounterRose(counter.name, counter.description, amount, value))
         for session in self.ager.due(now):
             self._expire(session, now)
         while self._lingering and self._lingering[0][0] <= now:
@@ -216,6 +293,14 @@ class Firewall:
         for session in [self._to_clear.popleft() for _ in range(min(CLEAR_SLICE, len(self._to_clear)))]:
             if self.table.live(session.id) is session:
                 self._end(session, EndReason.CLEARED, now)
+        for session in self.gate.close_due(now):
+            if session.state is State.ACTIVE:
+                session.rule = CLOSED
+                self._discard(session, now)
+        if now >= self._next_pairing_at:
+            self._pair_up(now)
+        if now >= self._next_watch_at:
+            self._watch(now)
         idle_since = now - ELEMENT_IDLE_S
         self.fast_path.withdraw(element for element in self.fast_path.sweep(now) if element.seen_at < idle_since)
         self.table.forget_ended(now - self.settings.keep_ended_s)
@@ -243,16 +328,23 @@ class Firewall:
         if work.installs and not outcome.installed:
             self.counters.add("fast_path_refused", len(work.installs))
         idle_since = now - ELEMENT_IDLE_S
+        to_look_at: list[Element] = []
         for elements, readings in ((work.removals, outcome.removed), (work.reads, outcome.read)):
             for element in elements:
                 reading = readings.get(element.key)
                 if reading is None:
                     self.fast_path.forget_lost(element)
                     self.counters.add("fast_path_lost")
-                elif reading[0] != element.kernel_packets:
+                elif packets := reading[0] - element.kernel_packets:
                     self._credit_reading(element, reading, now)
+                    is_fit = packets <= LOOK_MAX_PACKETS and reading[0] > LOOK_MIN_PACKETS
+                    if is_fit and now - element.looked_at >= LOOK_INTERVAL_S:
+                        to_look_at.append(element)
                 elif element.seen_at < idle_since and element.place is Place.KERNEL:
                     self.fast_path.withdraw((element,))
+        self.fast_path.look_at(e for e in to_look_at[:LOOKS_PER_TURN] if e.place is Place.KERNEL)
+        if self._is_to_compare and not self.fast_path.is_asking:
+            self._compare(now)
         asked, self._asked = self._asked, []
         for session in asked:
             if self.table.live(session.id) is not session:
@@ -276,10 +368,10 @@ class Firewall:
                 refused.append(found.key)
                 continue
             session = flow.session
-            self.fast_path.adopt(found, flow, now)
+            self.fast_path.adopt(found, flow.note_spi(int.from_bytes(found.key[2][-4:]), now), now)
+            session.elements[-1].use.unseen_count += found.reading[0]
             self._count(session.elements[-1], *found.reading)
             self.counters.add("pkt_fast_path", found.reading[0])
-            flow.note_spi(int.from_bytes(found.key[2][-4:]))
             if (found.verdict is Verdict.DROP) != (session.state is State.DISCARD):
                 self.fast_path.withdraw(session.elements)  # today it is decided otherwise
         return refused
@@ -298,7 +390,7 @@ class Firewall:
                 if elements and flow.packet_count != sum(element.kernel_packets for element in elements):
                     carriers.append(elements[0])
         self.fast_path.withdraw(carriers)
-        return carriers
+        return carriers + self.fast_path.take_looked_at()
 
     def finish_hand_over(self, carriers: Iterable[Element], now: float) -> None:
         """The kernel's counters include what the daemon counted: whoever adopts the elements goes on from there."""
@@ -307,9 +399,42 @@ class Firewall:
             others = [e for e in flow.session.elements if e.flow is flow and e.place is Place.KERNEL]
             packets = flow.packet_count - sum(element.kernel_packets for element in others)
             octets = flow.byte_count - sum(element.kernel_bytes for element in others)
-            self.fast_path.learn(carrier.key, flow, carrier.verdict, (packets, octets), now)
+            self.fast_path.learn(carrier.key, carrier.use, carrier.verdict, (packets, octets), now)
 
-    def tunnel_session(self, sa: ChildSa) -> Session | None:
+    def linked(self, session: Session) -> list[Session]:
+        """Other live sessions of the same peers that are part of the same tunnel: ESP, and the IKE beside it."""
+        a, b = session.client.address, session.server.address
+        ids: list[int] = []
+        for sa in self.ike_sas(session):
+            ids += sa.session_ids
+            for port in {0, *sa.ports}:
+                kind = Kind.ESP_IN_UDP if port else Kind.ESP
+                for zones in {(session.client.zone, session.server.zone), (None, None)}:
+                    ports = sa.ports if sa.initiator == a else sa.ports[::-1]
+                    packet = Packet(kind, a, b, 0, None, None, *(ports if port else (0, 0)))
+                    if flow := self.table.lookup(flow_key(packet, *zones)):
+                        ids.append(flow.session.id)
+        ids += [other.id for other in self._unpaired.get(peers_of(a, b), ())]
+        if session.application is Application.IKE:
+            tunnels = (self.tunnel_of(sa.sa) for sa in self.directory if {sa.sa.local, sa.sa.remote} == {a, b})
+            ids += [tunnel.id for tunnel in tunnels if tunnel]
+        found = (self.table.live(number) for number in dict.fromkeys(ids))
+        return [other for other in found if other is not None and other is not session]
+
+    def ike_sas(self, session: Session) -> list[IkeSa]:
+        """The IKE_SAs seen on the wire that a session belongs to, or may belong to; the one used last first."""
+        seen = self.ike.ike_sas(session.client.address, session.server.address)
+        if session.application is Application.IKE:
+            return [sa for sa in seen if session.id in sa.session_ids]
+        if session.application is Application.IPSEC_ESP_UDP:
+            return of_tunnel(seen, (session.client.port, session.server.port))
+        return list(seen)
+
+    def findings(self, session: Session, now: float) -> list[Finding]:
+        """What is wrong with a tunnel that ends here."""
+        return list(findings(session, self.directory, self.settings.tunnel_silent_s, now))
+
+    def tunnel_of(self, sa: ChildSa) -> Session | None:
         """The live session of the tunnel that this SA belongs to."""
         return self._tunnels.get(sa.tunnel)
 
@@ -326,16 +451,23 @@ class Firewall:
         packets, octets = reading[0] - element.kernel_packets, reading[1] - element.kernel_bytes
         element.kernel_packets, element.kernel_bytes = reading
         element.seen_at = now
+        element.use.unseen_count += packets
         self._count(element, packets, octets)
         self.counters.add("pkt_fast_path", packets)
 
     def _count(self, element: Element, packets: int, octets: int) -> None:
         """Packets that were decided like one before them."""
-        element.flow.packet_count += packets
-        element.flow.byte_count += octets
+        use, flow = element.use, element.use.flow
+        flow.packet_count += packets
+        flow.byte_count += octets
+        use.packet_count += packets
+        use.byte_count += octets
+        use.last_seen_at = max(use.last_seen_at, element.seen_at)
+        if flow.session.is_terminated:
+            self._hold_against_control(use, packets, element.looked_at)
         for name, amount in (("pkt_recv", packets), ("pkt_session", packets), ("byte_session", octets)):
             self.counters.add(name, amount)
-        self._prolong(element.flow.session, element.seen_at)
+        self._prolong(flow.session, element.seen_at)
 
     def _prolong(self, session: Session, seen_at: float) -> None:
         """A packet was seen: the session lives so much longer."""
@@ -343,18 +475,47 @@ class Firewall:
         if session.refresh_s:
             session.expires_at = max(session.expires_at, self.ager.age(seen_at) + session.refresh_s)
 
-    def _account(self, flow: Flow, packet: Packet, now: float) -> Verdict:
-        session = flow.session
+    def _account(self, flow: Flow, packet: Packet, now: float) -> SpiUse | None:
+        """Count one packet that was looked at; gives the record of its SPI, if it has one."""
         flow.packet_count += 1
         flow.byte_count += packet.length
         self.counters.add("pkt_session")
         self.counters.add("byte_session", packet.length)
-        if packet.spi is not None and packet.spi not in flow.spis:
-            flow.note_spi(packet.spi)
-            if session.sas:
-                session.ports_of_sa()
-        self._prolong(session, now)
-        return Verdict.DROP if session.state is State.DISCARD else Verdict.ACCEPT
+        self._prolong(flow.session, now)
+        if packet.spi is None or packet.seq is None:
+            return None
+        known = flow.use(packet.spi)
+        use = known or flow.note_spi(packet.spi, now)
+        use.look(packet.seq)
+        use.packet_count += 1
+        use.byte_count += packet.length
+        use.last_seen_at = now
+        if flow.session.is_terminated:
+            self._hold_against_control(use, 1, now)
+        if known is None:
+            flow.session.ports_of_sa()
+        return use
+
+    def _hold_against_control(self, use: SpiUse, packets: int, decided_at: float) -> None:
+        """Count packets of this host that its IKE daemon has no SA for, and those that came when it had none any more.
+
+        What came before an SA went was decided before.
+        """
+        session = use.flow.session
+        generation = session.generation_of(use.spi)
+        if generation is None:
+            to = session.s2c if use.flow is session.c2s else session.c2s
+            former = self.directory.former((to.address, session.application is Application.IPSEC_ESP_UDP, use.spi))
+            if former is None:
+                self.counters.add("pkt_unknown_spi", packets)
+                return
+            tunnel = self._tunnels.get(former.sa.tunnel)
+            generation = tunnel.generation_of(use.spi) if tunnel else None
+        elif generation.removed_at is None or decided_at < generation.removed_at:
+            return
+        self.counters.add("pkt_deleted_sa", packets)
+        if generation is not None:
+            generation.after_end_count += packets
 
     def _drop(self, counter: str) -> Verdict:
         self.counters.add(counter)
@@ -364,7 +525,10 @@ class Firewall:
 
     def _key(self, packet: Packet, hook: int, ingress: int, egress: int) -> Key:
         if hook == Hook.FORWARD:
-            zones: tuple[str | None, str | None] = (self._zone(ingress), self._zone(egress))
+            src_zone, dst_zone = self._zone(ingress), self._zone(egress)
+            if packet.kind is Kind.ESP and packet.spi and self.settings.transit_ports is TransitPorts.SPI:
+                return spi_flow_key(packet, packet.spi, src_zone, dst_zone)
+            zones: tuple[str | None, str | None] = (src_zone, dst_zone)
         elif packet.spi is not None:
             return _spi_key(packet, packet.spi)
         else:
@@ -385,9 +549,10 @@ class Firewall:
         application = GENERIC_APPLICATION[packet.kind]
         is_provisional = not isinstance(key, FlowKey)
         is_c2s = was is None or was.is_c2s
+        sport, dport = ports_of(packet, key)
         sides = [
-            (Flow(packet.src, self._zone(ingress), port_of(packet, packet.sport)), self.interfaces.name_of(ingress)),
-            (Flow(packet.dst, self._zone(egress), port_of(packet, packet.dport)), self.interfaces.name_of(egress)),
+            (Flow(packet.src, self._zone(ingress), sport), self.interfaces.name_of(ingress)),
+            (Flow(packet.dst, self._zone(egress), dport), self.interfaces.name_of(egress)),
         ]
         (client, client_interface), (server, server_interface) = sides if is_c2s else reversed(sides)
         session = Session(
@@ -408,11 +573,68 @@ class Firewall:
         self._take_in(session, {key: flow})
         if is_provisional:
             self.counters.add("session_provisional")
+        elif packet.kind is not Kind.IKE and hook == Hook.FORWARD:
+            if self.settings.pass_through is PassThrough.IKE_GATED:
+                self._ask_gate(session, was, now)
+            if isinstance(key, FlowKey) and key.low_port and packet.kind is Kind.ESP:
+                self._unpaired.setdefault(peers_of(packet.src, packet.dst), []).append(session)
         self._decide(session, now)
         if is_provisional and session.state is State.ACTIVE:
             session.refresh_s = 0
             self.ager.arm(session, self.settings.unknown_spi_grace_s, now)
         return flow
+
+    def _ask_gate(self, session: Session, was: Found | None, now: float) -> None:
+        """Let the IKE gate between its peers have its say on a session in transit."""
+        a, b = session.client.address, session.server.address
+        if was is not None and was.verdict is Verdict.ACCEPT:  # a former daemon saw the exchange
+            self.gate.open(a, b, now + self.settings.ike_gate_s)
+        self.gate.join(session)
+        if self.gate.open_until(a, b) <= now:
+            session.rule = CLOSED
+            self.counters.add("flow_ike_gate_closed")
+
+    def _note_ike(self, packet: Packet, session: Session, now: float) -> None:
+        """An IKE message that passed may open the gate between its peers."""
+        if packet.is_keepalive:
+            self.counters.add("ike_keepalive")
+        elif packet.ike is None:
+            self.counters.add("ike_not_ike")
+            return
+        ports = (packet.sport, packet.dport)
+        is_complete = self.ike.note(packet.ike, packet.src, packet.dst, ports, session.id, now)
+        if is_complete:
+            self.counters.add("ike_completed")
+        if is_complete and self.settings.pass_through is PassThrough.IKE_GATED:
+            for waiting in self.gate.open(packet.src, packet.dst, now + self.settings.ike_gate_s):
+                self._end(waiting, EndReason.POLICY_DENY, now)  # the next packet opens another one
+
+    def _pair_up(self, now: float) -> None:
+        """Sessions of one SPI each become one session when it is proven that they are one tunnel."""
+        self._next_pairing_at = now + SAMPLE_INTERVAL_S
+        for peers in list(islice(self._unpaired, PAIRINGS_PER_TURN)):
+            waiting = [session for session in self._unpaired.pop(peers) if self.table.live(session.id) is session]
+            waiting = waiting[-SPIS_SEEN:]  # among more than that, nothing is proven
+            self.fast_path.read_sessions(waiting)
+            uses = {use: s for s in waiting if s.state is State.ACTIVE for use in s.c2s.uses}
+            sides = [[use for use in uses if use.flow.address == address] for address in peers]
+            for use, seen in observe(sides[0], sides[1], now).items():
+                other = next((theirs for theirs in sides[1] if theirs.spi == seen.partner), None)
+                if use not in sides[0] or other is None:
+                    continue
+                if (
+                    min(use.last_seen_at, other.last_seen_at)
+                    < max(use.first_seen_at, other.first_seen_at) + PAIR_PROOF_S
+                ):
+                    continue
+                first, second = sorted((uses[use], uses[other]), key=lambda session: session.id)
+                keys = second.keys
+                first.client.port = second.c2s.uses[-1].spi  # each side's port is the SPI that it receives on
+                self._absorb(second, first, turned=True)
+                self.table.index(first, [(key, first.s2c) for key in keys])
+                waiting = [session for session in waiting if session not in (first, second)]
+            if waiting:
+                self._unpaired[peers] = waiting
 
     def _take_in(self, session: Session, entries: Mapping[Key, Flow]) -> None:
         self.table.add(session, entries.items())
@@ -497,22 +719,55 @@ class Firewall:
     # --- sessions that the IKE daemon announces -------------------------------------------------------
 
     def _add_sa(self, sa: ChildSa, now: float) -> None:
-        """Give a CHILD_SA its place: in the session of its tunnel, or in a new one.
-
-        What provisional sessions counted under its SPIs goes along; the first of them lends the new session
-        its id and start time, so that an operator sees one session that became what it is.
-        """
+        """Give a CHILD_SA its place: in the session of its tunnel, or in a new one."""
         session = self._tunnels.get(sa.tunnel)
         is_new = session is None
         if session is None:
             session = self._predict(sa, now)
-        elif sa not in session.sas:
-            session.sas += (sa,)
-        flows: dict[Key, Flow] = {sa.key_in: session.flow_from(sa.remote), sa.key_out: session.flow_from(sa.local)}
+        elif session.generation(sa) is None:
+            if (before := session.sa) is not None:
+                self._relocate(session, before, sa)
+            session.add_generation(sa, now - sa.age_s)
+        self._claim(session, sa, is_new, now)
+
+    def _update_sa(self, old: ChildSa, new: ChildSa, now: float) -> None:
+        """A CHILD_SA lives on, but is not what it was: its peer has moved, or its IKE_SA is another one."""
+        session = self._tunnels.get(old.tunnel)
+        generation = session.generation(old) if session and old.tunnel == new.tunnel else None
+        if session is None or generation is None:
+            self._remove_sa(old, SaEnd.VANISHED, now)
+            self._add_sa(new, now)
+            return
+        generation.sa = new
+        if (old.key_in, old.key_out) != (new.key_in, new.key_out):
+            generation.moves += 1
+            self.counters.add("sa_moved")
+            self._relocate(session, old, new)
+            self._lingering.append((now + SA_LINGER_S, session, old))
+            self._claim(session, new, False, now)
+        session.ports_of_sa()
+
+    def _relocate(self, session: Session, old: ChildSa, new: ChildSa) -> None:
+        """The tunnel runs between other addresses now: its session goes along, and meets the rules anew."""
+        if (old.local, old.remote) == (new.local, new.remote):
+            return
+        session.outbound.address, session.inbound.address = new.local, new.remote
+        name, zone = self._interface_of(new.local)
+        session.ingress = session.egress = name
+        session.client.zone = session.server.zone = zone
+        session.rule = self._rule(session.client, session.server, session.application)
+
+    def _claim(self, session: Session, sa: ChildSa, is_new: bool, now: float) -> None:
+        """Let packets with the SPIs of a CHILD_SA be its tunnel's session's.
+
+        What provisional sessions counted under them goes along; the first of them lends a new session its id and
+        start time, so that an operator sees one session that became what it is.
+        """
+        flows: dict[Key, Flow] = {sa.key_in: session.inbound, sa.key_out: session.outbound}
         holders = self._holders(flows, session)
-        if any(other.sas and other.state is not State.CLOSING for other in holders.values()):
+        if any(other.sas for other in holders.values()):
             self.counters.add("sa_spi_conflict")
-            session.sas = tuple(known for known in session.sas if known != sa)
+            session.generations = tuple(generation for generation in session.generations if generation.sa != sa)
             return
         provisional = list(dict.fromkeys(other for other in holders.values() if other.is_provisional))
         if is_new and len(self.table) - len(provisional) >= self.table.capacity:
@@ -540,6 +795,13 @@ class Firewall:
         if provisional and session.state is State.OPENING:
             session.last_seen_at = max(other.last_seen_at for other in provisional)
             self._promote(session, provisional[0].ingress, provisional[0].client.zone, now)
+        elif session.state is State.CLOSING:  # authenticated anew, or restarted: the tunnel is back
+            session.move(Trigger.TUNNEL_UP)
+            session.end_reason = EndReason.UNKNOWN
+            self._keep_alive(session, now)
+        if session.state is State.ACTIVE and session.rule.action is Action.DENY:  # where it is now, it may not be
+            self.counters.add("flow_policy_deny")
+            self._discard(session, now)
         session.ports_of_sa()
 
     def _predict(self, sa: ChildSa, now: float) -> Session:
@@ -564,7 +826,8 @@ class Firewall:
             self.settings.timeouts_s[application],
             now,
             type=SessionType.PRED,
-            sas=(sa,),
+            generations=(Generation(sa, now - sa.age_s),),
+            is_client_here=sa.is_initiator,
         )
 
     def _holders(self, keys: Mapping[Key, Flow], session: Session) -> dict[Key, Session]:
@@ -578,10 +841,11 @@ class Firewall:
         `turned`: what is c2s there is s2c here.
         """
         self.table.remove(provisional)
+        flows = [session.flow((element.flow is provisional.c2s) != turned) for element in provisional.elements]
         for is_c2s in (True, False):
             session.flow(is_c2s != turned).absorb(provisional.flow(is_c2s))
-        for element in provisional.elements:
-            element.flow = session.flow((element.flow is provisional.c2s) != turned)
+        for element, flow in zip(provisional.elements, flows, strict=True):
+            element.use = flow.note_spi(element.use.spi, element.seen_at)
         session.elements += provisional.elements
         self.counters.add("session_absorbed")
 
@@ -595,30 +859,68 @@ class Firewall:
         self._decide(session, now)
         self._events.append(SessionPromoted(session))
 
-    def _remove_sa(self, sa: ChildSa, now: float) -> None:
+    def _remove_sa(self, sa: ChildSa, end: SaEnd, now: float) -> None:
         """A CHILD_SA is gone. Its SPIs linger; with the last one the tunnel goes down."""
         session = self._tunnels.get(sa.tunnel)
-        if session is None or sa not in session.sas:
+        generation = session.generation(sa) if session else None
+        if session is None or generation is None:
             return  # one that never got a session
-        if len(session.sas) > 1:
-            session.sas = tuple(known for known in session.sas if known != sa)
+        generation.removed_at, generation.end = now, end
+        self.fast_path.withdraw(e for e in session.elements if e.spi_key in (sa.key_in, sa.key_out))
+        if session.sas:
             session.ports_of_sa()
             self._lingering.append((now + SA_LINGER_S, session, sa))
-            return
-        del self._tunnels[sa.tunnel]
-        if session.state is State.OPENING:
+        elif session.state is State.OPENING:
             self._end(session, EndReason.TUNNEL_DOWN, now)
         elif session.state is State.ACTIVE:
             session.move(Trigger.TUNNEL_DOWN)
             session.end_reason = EndReason.TUNNEL_DOWN
             session.refresh_s = 0
             self.ager.arm(session, SA_LINGER_S, now)
+        else:
+            del self._tunnels[sa.tunnel]
 
     def _predict_missing(self, now: float) -> None:
         """Give those SAs a session that could not get one when they came up."""
         for known in list(self.directory):
             if known.sa.tunnel not in self._tunnels:
                 self._add_sa(known.sa, now)
+
+    # --- control against data -----------------------------------------------------------------------
+
+    def _compare(self, now: float) -> None:
+        """Hold the packet counts that the last snapshot brought against ours."""
+        self._is_to_compare = False
+        for known in self.directory:
+            session = self._tunnels.get(known.sa.tunnel)
+            generation = session.generation(known.sa) if session else None
+            if session is not None and generation is not None:
+                generation.sa = known.sa  # with its newest counts
+                compare(session, generation, now, is_older=generation.installed_at < self.started_at)
+
+    def _watch(self, now: float) -> None:
+        """Look at the next tunnels, and tell of troubles that come and go."""
+        self._next_watch_at = now + WATCH_INTERVAL_S
+        if not self._to_watch:
+            self._to_watch.extend(self._tunnels.values())
+            self._troubles = {key: known for key, known in self._troubles.items() if self.table.live(key) is not None}
+        for _ in range(min(WATCH_SLICE, len(self._to_watch))):
+            session = self._to_watch.popleft()
+            if self.table.live(session.id) is not session:
+                continue
+            known = self._troubles.get(session.id, {})
+            found = {finding.trouble: finding for finding in self.findings(session, now)}
+            for trouble, finding in found.items():
+                if trouble not in known:
+                    self.counters.add(trouble.counter)
+                    self._events.append(TunnelTrouble(session, finding))
+            for trouble, finding in known.items():
+                if trouble not in found:
+                    self._events.append(TunnelTrouble(session, finding, is_over=True))
+            if found:
+                self._troubles[session.id] = found
+            else:
+                self._troubles.pop(session.id, None)
 
     # --- the end --------------------------------------------------------------------------------------
 
@@ -649,12 +951,13 @@ class Firewall:
             session.end_reason = reason
         self.fast_path.withdraw(session.elements)
         self.table.end(session, now)
+        self.gate.leave(session)
         self.counters.add("session_ended")
         if session.end_reason in _END_COUNTERS:
             self.counters.add(_END_COUNTERS[session.end_reason])
         self._events.append(SessionEnded(session))
-        if session.sas and self._tunnels.get(session.sas[-1].tunnel) is session:
-            del self._tunnels[session.sas[-1].tunnel]
+        if session.sa and self._tunnels.get(session.sa.tunnel) is session:
+            del self._tunnels[session.sa.tunnel]
             for sa in session.sas:  # the tunnel is still up: it waits for its next packet
                 self._add_sa(sa, now)
 

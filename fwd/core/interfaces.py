@@ -8,10 +8,11 @@ from typing import TypeAlias
 
 @dataclass(frozen=True, slots=True)
 class LinkPresent:
-    """An interface exists under this name; a rename is the same with another name."""
+    """An interface exists under this name; a rename is the same with another name. `mtu` in bytes, 0: not told."""
 
     index: int
     name: str
+    mtu: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +50,20 @@ InterfaceEvent: TypeAlias = LinkPresent | LinkGone | AddressPresent | AddressGon
 
 
 class InterfaceTable:
-    """Names by interface index, and which interface has which address."""
+    """Names and MTUs by interface index, and which interface has which address."""
 
     def __init__(self) -> None:
         self._names: dict[int, str] = {}
+        self._mtus: dict[int, int] = {}
         self._owners: dict[bytes, int] = {}
 
     def name_of(self, index: int) -> str:
         """The interface's name, or `if7` while the kernel has not told it."""
         return self._names.get(index) or f"if{index}"
+
+    def mtu_of(self, index: int) -> int:
+        """The largest packet that the interface carries in one, in bytes; more than there can be if it is not known."""
+        return self._mtus.get(index) or 0x1_0000
 
     def owner_of(self, address: bytes) -> int | None:
         """The index of the interface with this address (network order), None if this host has it not."""
@@ -66,10 +72,11 @@ class InterfaceTable:
     def apply(self, event: InterfaceEvent) -> None:
         """Learn what the kernel said; saying it twice changes nothing."""
         match event:
-            case LinkPresent(index, name):
-                self._names[index] = name
+            case LinkPresent(index, name, mtu):
+                self._names[index], self._mtus[index] = name, mtu
             case LinkGone(index):
                 self._names.pop(index, None)
+                self._mtus.pop(index, None)
                 self._owners = {address: owner for address, owner in self._owners.items() if owner != index}
             case AddressPresent(index, address):
                 self._owners[address] = index
@@ -78,4 +85,5 @@ class InterfaceTable:
                     del self._owners[address]
             case InterfaceSnapshot(links, addresses):
                 self._names = {link.index: link.name for link in links}
+                self._mtus = {link.index: link.mtu for link in links}
                 self._owners = {known.address: known.index for known in addresses}

@@ -11,6 +11,7 @@ from enum import Enum, StrEnum
 from struct import Struct
 from struct import error as StructError
 
+from . import ike
 from .constants import (
     IKE_PORT,
     MAX_IPV6_EXTENSIONS,
@@ -58,7 +59,9 @@ class Packet:
     `src` and `dst` are in network order, 4 or 16 bytes. `length` is that of the whole IP packet in bytes, from
     the IP header, never from the copy that the kernel handed over. `spi` is None for IKE and for a later
     fragment, which does not carry it; `seq` likewise (it is not authenticated: never decide on it, RFC 4303
-    section 3.4.3 checks it after the ICV). The UDP ports are 0 for plain ESP.
+    section 3.4.3 checks it after the ICV). The UDP ports are 0 for plain ESP. `is_fragment` is true for the first
+    fragment and for later ones. `ike` is the header of an IKE message, None if what is on IKE's port has none;
+    `is_keepalive` is true for the one byte that keeps a NAT's mapping alive (RFC 3948 section 2.3).
     """
 
     kind: Kind
@@ -69,6 +72,9 @@ class Packet:
     seq: int | None = None
     sport: int = 0
     dport: int = 0
+    is_fragment: bool = False
+    ike: ike.IkeHeader | None = None
+    is_keepalive: bool = False
 
     @property
     def outer(self) -> bytes:
@@ -82,10 +88,11 @@ class Packet:
 _TWO_PORTS = Struct("!HH").pack
 _TWO_WORDS = Struct("!II").unpack_from
 _TWO_HALVES = Struct("!HH").unpack_from
+_WORD = Struct("!I").unpack_from
 _HALF = Struct("!H").unpack_from
 _HALF_AND_BYTE = Struct("!HB").unpack_from
-#: Version and header length, total length, fragment, protocol, and the 12 bytes from the source address on.
-_IPV4_PLAIN = Struct("!BxHxxHxBxx12s").unpack_from
+#: Version and header length, total length, fragment, protocol, the 12 bytes from the source address on, and the next 4.
+_IPV4_PLAIN = Struct("!BxHxxHxBxx12sI").unpack_from
 
 _IPV4_HEADER = 20  # RFC 791 section 3.1, without options
 _IPV6_HEADER = 40  # RFC 8200 section 3
@@ -113,26 +120,26 @@ def parse(octets: bytes) -> Packet:
     raise PacketError(Malformation.IP_VERSION)
 
 
-def peek(octets: bytes) -> tuple[bytes, int] | None:
-    """`outer` and length of what `parse` gives, at a fifth of its cost, for a packet without IP options and the like.
+def peek(octets: bytes) -> tuple[bytes, int, int] | None:
+    """`outer`, length and sequence number as `parse` gives them, at a fifth of its cost.
 
-    None for any other packet, and for one that may be malformed: `parse` finds out.
+    None for a packet with IP options and the like, for a fragment, and for one that may be malformed: `parse` knows.
     """
     try:
-        first, length, fragment, protocol, outer = _IPV4_PLAIN(octets)
+        first, length, fragment, protocol, outer, seq = _IPV4_PLAIN(octets)
     except StructError:
         return None
-    if first == 0x45 and not fragment & 0x1FFF:
-        if protocol == PROTO_ESP and length >= 28 and len(octets) >= 28:
-            return outer, length
+    if first == 0x45 and not fragment & 0x3FFF:
+        if protocol == PROTO_ESP and length >= 28:
+            return outer, length, seq
         if protocol == PROTO_UDP and length >= 36 and len(octets) >= 36:
-            return outer + octets[28:32], length
+            return outer + octets[28:32], length, _WORD(octets, 32)[0]
     elif first >> 4 == 6:
         payload, protocol = _HALF_AND_BYTE(octets, 4)
         if protocol == PROTO_ESP and payload >= 8 and len(octets) >= 48:
-            return octets[8:44], 40 + payload
+            return octets[8:44], 40 + payload, _WORD(octets, 44)[0]
         if protocol == PROTO_UDP and payload >= 16 and len(octets) >= 56:
-            return octets[8:44] + octets[48:52], 40 + payload
+            return octets[8:44] + octets[48:52], 40 + payload, _WORD(octets, 52)[0]
     return None
 
 
@@ -152,7 +159,9 @@ def _parse_ipv4(octets: bytes) -> Packet:
     if header < _IPV4_HEADER or length < header:
         raise PacketError(Malformation.IP_HEADER)
     (fragment,) = _HALF(octets, 6)
-    return _parse_payload(octets, octets[9], header, length, octets[12:16], octets[16:20], fragment & 0x1FFF)
+    packet = _parse_payload(octets, octets[9], header, length, octets[12:16], octets[16:20], fragment & 0x1FFF)
+    packet.is_fragment = fragment & 0x3FFF != 0
+    return packet
 
 
 def _parse_ipv6(octets: bytes) -> Packet:
@@ -163,7 +172,7 @@ def _parse_ipv6(octets: bytes) -> Packet:
         raise PacketError(Malformation.IP_HEADER)
     length = _IPV6_HEADER + payload
     end = min(length, len(octets))
-    protocol, offset, fragment = octets[6], _IPV6_HEADER, 0
+    protocol, offset, fragment, is_fragment = octets[6], _IPV6_HEADER, 0, False
     for _ in range(MAX_IPV6_EXTENSIONS):
         if protocol in _IPV6_OPTIONS:
             header = _ipv6_extension(octets, offset, end, 8)
@@ -174,14 +183,19 @@ def _parse_ipv6(octets: bytes) -> Packet:
                 raise PacketError(Malformation.TRUNCATED)
             (field,) = _HALF(octets, offset + 2)
             fragment = field >> 3
+            is_fragment = field & 0xFFF9 != 0
             header = 8
         else:
-            return _parse_payload(octets, protocol, offset, length, octets[8:24], octets[24:40], fragment)
+            break
         protocol = octets[offset]
         offset += header
         if fragment:  # what follows is the middle of the packet: no header can be read from it
-            return _parse_payload(octets, protocol, offset, length, octets[8:24], octets[24:40], fragment)
-    raise PacketError(Malformation.IPV6_EXTENSION)
+            break
+    else:
+        raise PacketError(Malformation.IPV6_EXTENSION)
+    packet = _parse_payload(octets, protocol, offset, length, octets[8:24], octets[24:40], fragment)
+    packet.is_fragment = is_fragment
+    return packet
 
 
 def _ipv6_extension(octets: bytes, offset: int, end: int, unit: int) -> int:
@@ -225,12 +239,16 @@ def _parse_udp(octets: bytes, offset: int, length: int, src: bytes, dst: bytes) 
     sport, dport = _TWO_HALVES(octets, offset)
     if NAT_T_PORT in (sport, dport):
         first = octets[payload : min(payload + 4, end)]
-        if first in (NON_ESP_MARKER, NAT_KEEPALIVE):
-            return Packet(Kind.IKE, src, dst, length, None, None, sport, dport)
+        if first == NON_ESP_MARKER:
+            header = ike.parse_header(octets, payload + 4, end)
+            return Packet(Kind.IKE, src, dst, length, None, None, sport, dport, ike=header)
+        if first == NAT_KEEPALIVE:
+            return Packet(Kind.IKE, src, dst, length, None, None, sport, dport, is_keepalive=True)
         if payload + 8 > end:
             raise PacketError(Malformation.UDP)
         spi, seq = _esp(octets, payload, end)
         return Packet(Kind.ESP_IN_UDP, src, dst, length, spi, seq, sport, dport)
     if IKE_PORT in (sport, dport):
-        return Packet(Kind.IKE, src, dst, length, None, None, sport, dport)
+        header = ike.parse_header(octets, payload, end)
+        return Packet(Kind.IKE, src, dst, length, None, None, sport, dport, ike=header)
     raise PacketError(Malformation.NOT_IPSEC)

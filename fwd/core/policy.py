@@ -56,13 +56,21 @@ class Rule:
 
     def matches(self, from_zone: str, to_zone: str, source: bytes, destination: bytes, application: str) -> bool:
         """Whether a session from client to server, addresses in network order, falls under this rule."""
-        return (
-            (not self.from_zones or from_zone in self.from_zones)
-            and (not self.to_zones or to_zone in self.to_zones)
-            and (not self.applications or application in self.applications)
-            and (not self.sources or any(prefix.contains(source) for prefix in self.sources))
-            and (not self.destinations or any(prefix.contains(destination) for prefix in self.destinations))
-        )
+        return self.mismatch(from_zone, to_zone, source, destination, application) is None
+
+    def mismatch(self, from_zone: str, to_zone: str, source: bytes, destination: bytes, application: str) -> str | None:
+        """The first field that keeps a session from this rule, by its name in the configuration; None: it matches."""
+        if self.from_zones and from_zone not in self.from_zones:
+            return "from"
+        if self.to_zones and to_zone not in self.to_zones:
+            return "to"
+        if self.applications and application not in self.applications:
+            return "application"
+        if self.sources and not any(prefix.contains(source) for prefix in self.sources):
+            return "source"
+        if self.destinations and not any(prefix.contains(destination) for prefix in self.destinations):
+            return "destination"
+        return None
 
 
 @dataclass(frozen=True, slots=True)

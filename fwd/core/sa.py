@@ -7,15 +7,22 @@ meanwhile" converge (SPEC section 6).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from enum import StrEnum
+from typing import NamedTuple, TypeAlias
+
+from .constants import FORMER_SPIS_KEPT, MISCOUNT_SHARE, MISCOUNT_SLACK
 
 #: (destination address in network order, ESP in UDP?, SPI): RFC 4301 section 4.1 identifies an inbound SA so.
 SpiKey: TypeAlias = tuple[bytes, bool, int]
 
-#: (local address, remote address, reqid): what stays the same when a CHILD_SA is rekeyed.
-TunnelKey: TypeAlias = tuple[bytes, bytes, int]
+#: (name of the IKE connection, local identity, remote identity, reqid): what stays the same when a CHILD_SA or its
+#: IKE_SA is rekeyed or authenticated anew, and when a peer's address changes (MOBIKE).
+TunnelKey: TypeAlias = tuple[str, str, str, int]
+
+#: (local address, remote address, SPI in, SPI out): what tells an SA pair from every other one.
+SaKey: TypeAlias = tuple[bytes, bytes, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +31,9 @@ class ChildSa:
 
     Addresses are in network order, 4 or 16 bytes; SPIs and ports are plain integers. `spi_in` is the SPI of
     the packets that this host receives, `spi_out` of those that it sends. `age_s` is how long ago it was
-    installed, in seconds, when it was read; two readings of one SA are equal all the same.
+    installed, in seconds, when it was read, `packets_in` and `packets_out` are what the IKE daemon says that it
+    carried, -1 if it does not say; two readings of one SA are equal all the same. `esn`: its sequence numbers have 64
+    bits.
     """
 
     ike_name: str
@@ -42,17 +51,20 @@ class ChildSa:
     local_id: str
     remote_id: str
     mode: str = "TUNNEL"
+    esn: bool = False
     age_s: int = field(default=0, compare=False)
+    packets_in: int = field(default=-1, compare=False)
+    packets_out: int = field(default=-1, compare=False)
 
     @property
-    def key(self) -> tuple[bytes, bytes, int, int]:
+    def key(self) -> SaKey:
         """What tells this SA pair from every other one."""
         return (self.local, self.remote, self.spi_in, self.spi_out)
 
     @property
     def tunnel(self) -> TunnelKey:
         """The tunnel that this SA pair is one generation of."""
-        return (self.local, self.remote, self.reqid)
+        return (self.ike_name, self.local_id, self.remote_id, self.reqid)
 
     @property
     def key_in(self) -> SpiKey:
@@ -63,6 +75,34 @@ class ChildSa:
     def key_out(self) -> SpiKey:
         """How a sent packet of this SA is found."""
         return (self.remote, self.encap, self.spi_out)
+
+
+@dataclass(slots=True)
+class Comparison:
+    """The IKE daemon's packet counts of one SA pair beside fwd's, at one moment; in and out, monotonic seconds.
+
+    `base` is what the IKE daemon had counted before fwd could. `drift` is fwd's count less the IKE daemon's;
+    `was_off` says whether that was too much at the comparison before, as well.
+    """
+
+    at: float
+    theirs: tuple[int, int]
+    ours: tuple[int, int]
+    base: tuple[int, int]
+    was_off: bool = False
+
+    @property
+    def drift(self) -> tuple[int, int]:
+        """fwd's count less the IKE daemon's, in and out."""
+        return (self.ours[0] + self.base[0] - self.theirs[0], self.ours[1] + self.base[1] - self.theirs[1])
+
+    @property
+    def is_off(self) -> bool:
+        """Whether that is more than packets under way explain."""
+        return any(
+            abs(drift) > MISCOUNT_SLACK + MISCOUNT_SHARE * count
+            for drift, count in zip(self.drift, self.ours, strict=True)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,39 +144,69 @@ class SaSourceLost:
 SaEvent: TypeAlias = SaEstablished | SaRekeyed | SaDeleted | SaSnapshot | SaSourceLost
 
 
+class SaEnd(StrEnum):
+    """Why a CHILD_SA is no more."""
+
+    REKEYED = "rekeyed"
+    DELETED = "deleted"
+    VANISHED = "vanished"  # it was missing when all SAs were read
+
+
 @dataclass(frozen=True, slots=True)
 class SaAdded:
-    """A CHILD_SA that was not known, or not like this."""
+    """A CHILD_SA that was not known."""
 
     sa: ChildSa
+
+
+@dataclass(frozen=True, slots=True)
+class SaUpdated:
+    """A CHILD_SA that lives on with other addresses (MOBIKE), below another IKE_SA, or the like."""
+
+    old: ChildSa
+    new: ChildSa
 
 
 @dataclass(frozen=True, slots=True)
 class SaRemoved:
-    """A CHILD_SA that is no more, or not like this any more."""
+    """A CHILD_SA that is no more."""
 
     sa: ChildSa
+    end: SaEnd
 
 
-SaChange: TypeAlias = SaAdded | SaRemoved
+SaChange: TypeAlias = SaAdded | SaUpdated | SaRemoved
 
 
 @dataclass(slots=True)
 class KnownSa:
-    """A CHILD_SA, when it was installed, and when the IKE daemon last spoke of it (monotonic seconds)."""
+    """A CHILD_SA, when it was installed, and when the IKE daemon last spoke of it (monotonic seconds).
+
+    `is_rekeyed`: another one has taken over from it.
+    """
 
     sa: ChildSa
     installed_at: float
     confirmed_at: float
+    is_rekeyed: bool = False
+
+
+class FormerSa(NamedTuple):
+    """A CHILD_SA that is gone: why, and when (monotonic seconds)."""
+
+    sa: ChildSa
+    end: SaEnd
+    removed_at: float
 
 
 class SaDirectory:
     """The CHILD_SAs of this host as charon described them last; they stay in use while it is away."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[bytes, bytes, int, int], KnownSa] = {}
+        self._known: dict[SaKey, KnownSa] = {}
         self._by_spi: dict[SpiKey, ChildSa] = {}
-        self._predecessor: dict[tuple[bytes, bytes, int, int], tuple[bytes, bytes, int, int]] = {}
+        self._former: dict[SpiKey, FormerSa] = {}
+        self._predecessor: dict[SaKey, SaKey] = {}
         #: Why the IKE daemon does not answer; empty while it does.
         self.lost_reason = "not asked yet"
         #: When it last said anything, in monotonic seconds; None if it never did.
@@ -154,6 +224,10 @@ class SaDirectory:
         """The CHILD_SA that a packet with this destination and SPI belongs to, either way."""
         return self._by_spi.get(key)
 
+    def former(self, key: SpiKey) -> FormerSa | None:
+        """The CHILD_SA that such a packet belonged to until a while ago; None if there is no memory of one."""
+        return self._former.get(key)
+
     def stale_s(self, sa: ChildSa, now: float) -> float | None:
         """Seconds since the IKE daemon, which is away, last spoke of this SA; None while it answers."""
         known = self._known.get(sa.key)
@@ -167,42 +241,74 @@ class SaDirectory:
             case SaEstablished(sa):
                 return self._assign(sa, now)
             case SaRekeyed(old, new):  # the old SA carries packets until it is deleted
-                self._predecessor[new.key] = old.key
+                if replaced := self._find(old):
+                    self._predecessor[new.key] = replaced.sa.key
+                    replaced.is_rekeyed = True
                 return self._assign(new, now)
             case SaDeleted(sa):
-                return self._remove(sa.key)
+                found = self._find(sa)
+                return self._remove(found.sa.key, SaEnd.DELETED, now) if found else []
             case SaSnapshot(sas):
                 self.lost_reason = ""
-                changes = [change for sa in sas for change in self._assign(sa, now)]
-                gone = self._known.keys() - {sa.key for sa in sas}
-                return changes + [change for key in gone for change in self._remove(key)]
+                return self._replace_all(sas, now)
             case SaSourceLost(reason):
                 self.lost_reason = reason
                 return []
 
-    def _assign(self, sa: ChildSa, now: float) -> list[SaChange]:
-        known = self._known.get(sa.key)
-        if known is not None and known.sa == sa:
-            known.confirmed_at = now
-            return []
-        self._known[sa.key] = KnownSa(sa, now - sa.age_s, now)
-        changes: list[SaChange] = [SaAdded(sa)]
-        if known is not None:
-            changes.append(SaRemoved(known.sa))
-            self._forget_spis(known.sa)
-        self._by_spi[sa.key_in] = self._by_spi[sa.key_out] = sa
-        return changes
+    def _find(self, sa: ChildSa) -> KnownSa | None:
+        """The same SA pair, maybe under the addresses that its peers had before (MOBIKE)."""
+        moved = (known for known in self._known.values() if _is_same_pair(known.sa, sa))
+        return self._known.get(sa.key) or next(moved, None)
 
-    def _remove(self, key: tuple[bytes, bytes, int, int]) -> list[SaChange]:
+    def _replace_all(self, sas: Iterable[ChildSa], now: float) -> list[SaChange]:
+        there = {sa.key: sa for sa in sas}
+        gone = {key: self._known[key] for key in self._known.keys() - there.keys()}
+        changes: list[SaChange] = []
+        for sa in there.values():
+            moved = None if sa.key in self._known else next((k for k in gone.values() if _is_same_pair(k.sa, sa)), None)
+            if moved is not None:
+                del gone[moved.sa.key], self._known[moved.sa.key]
+            changes += self._assign(sa, now, moved)
+        return changes + [change for key in gone for change in self._remove(key, SaEnd.VANISHED, now)]
+
+    def _assign(self, sa: ChildSa, now: float, moved: KnownSa | None = None) -> list[SaChange]:
+        """`moved` is what the same SA was under other addresses."""
+        known = moved or self._known.get(sa.key)
+        if known is not None and known.sa == sa:
+            known.sa, known.confirmed_at = sa, now  # with newer counts
+            return []
+        if known is None:
+            self._known[sa.key] = KnownSa(sa, now - sa.age_s, now)
+            change: SaChange = SaAdded(sa)
+        else:
+            change = SaUpdated(known.sa, sa)
+            self._forget_spis(known.sa)
+            known.sa, known.confirmed_at = sa, now
+            self._known[sa.key] = known
+        self._by_spi[sa.key_in] = self._by_spi[sa.key_out] = sa
+        return [change]
+
+    def _remove(self, key: SaKey, end: SaEnd, now: float) -> list[SaChange]:
         """Forget an SA, and the one that it replaced: charon does not tell when a rekeyed SA goes."""
         predecessor = self._predecessor.pop(key, None)
         known = self._known.pop(key, None)
         if known is None:
             return []
         self._forget_spis(known.sa)
-        return [*(self._remove(predecessor) if predecessor else ()), SaRemoved(known.sa)]
+        before = self._remove(predecessor, SaEnd.REKEYED, now) if predecessor else []
+        end = SaEnd.REKEYED if known.is_rekeyed else end
+        for spi_key in (known.sa.key_in, known.sa.key_out):
+            self._former.pop(spi_key, None)
+            self._former[spi_key] = FormerSa(known.sa, end, now)
+        while len(self._former) > FORMER_SPIS_KEPT:
+            del self._former[next(iter(self._former))]
+        return [*before, SaRemoved(known.sa, end)]
 
     def _forget_spis(self, sa: ChildSa) -> None:
         for spi_key in (sa.key_in, sa.key_out):
             if self._by_spi.get(spi_key) == sa:
                 del self._by_spi[spi_key]
+
+
+def _is_same_pair(a: ChildSa, b: ChildSa) -> bool:
+    return (a.tunnel, a.uniqueid, a.spi_in, a.spi_out) == (b.tunnel, b.uniqueid, b.spi_in, b.spi_out)

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import NamedTuple, TypeAlias
 
-from .constants import GENERIC_ESP_PORT, PROTO_ESP, PROTO_UDP, SPIS_SEEN
+from .constants import GENERATIONS_KEPT, GENERIC_ESP_PORT, PROTO_ESP, PROTO_UDP, REPLAY_WINDOW, SPIS_SEEN
 from .packet import Kind, Packet, packet_of
 from .policy import Rule, Verdict
-from .sa import ChildSa, SpiKey
+from .sa import ChildSa, Comparison, SaEnd, SpiKey
+from .sequence import Sequence
 from .state import EndReason, State, Trigger, next_state
 
 
@@ -37,11 +38,6 @@ GENERIC_APPLICATION = {
     Kind.ESP_IN_UDP: Application.IPSEC_ESP_UDP,
     Kind.IKE: Application.IKE,
 }
-
-
-def port_of(packet: Packet, udp_port: int) -> int:
-    """What a session that no IKE daemon announced shows as the port of one side (SPEC section 1)."""
-    return GENERIC_ESP_PORT if packet.kind is Kind.ESP else udp_port
 
 
 class SessionType(StrEnum):
@@ -75,13 +71,74 @@ def flow_key(packet: Packet, src_zone: str | None, dst_zone: str | None) -> Flow
     return FlowKey(kind, dst, dport, dst_zone, src, sport, src_zone)
 
 
+def spi_flow_key(packet: Packet, spi: int, src_zone: str, dst_zone: str) -> FlowKey:
+    """The key of an ESP packet in transit, of its SPI and direction alone."""
+    return FlowKey(packet.kind, packet.src, spi, src_zone, packet.dst, spi, dst_zone)
+
+
+def ports_of(packet: Packet, key: FlowKey | SpiKey) -> tuple[int, int]:
+    """What a session that no IKE daemon announced shows as the ports of source and destination (SPEC section 1)."""
+    if packet.kind is not Kind.ESP:
+        return packet.sport, packet.dport
+    port = key.low_port if isinstance(key, FlowKey) and key.low_port else GENERIC_ESP_PORT
+    return port, port
+
+
+@dataclass(slots=True, eq=False)
+class SpiUse:
+    """One SPI in one direction of a session, as it was seen on the wire: its share of what the flow counted.
+
+    Times are monotonic seconds. `first_seq` is the first sequence number that was looked at, `next_seq` that of the
+    next packet if none is missing (-1: none was looked at yet); `unseen_count` packets were decided in the kernel and
+    not looked at. `sequence` is None while nothing but packets in order were seen.
+    """
+
+    spi: int
+    flow: Flow
+    first_seen_at: float
+    last_seen_at: float
+    packet_count: int = 0
+    byte_count: int = 0
+    first_seq: int = -1
+    next_seq: int = -1
+    unseen_count: int = 0
+    sequence: Sequence | None = None
+
+    def look(self, seq: int) -> None:
+        """Note the sequence number of a packet that is not yet counted."""
+        if self.next_seq < 0:
+            self.first_seq, self.next_seq = seq, seq + 1
+            if self.unseen_count:
+                self.sequence = Sequence(seq, unseen=self.unseen_count)
+            return
+        if self.sequence is None:
+            if seq == self.next_seq and not self.unseen_count:
+                self.next_seq += 1
+                return
+            self.sequence = Sequence(self.next_seq - 1, min(REPLAY_WINDOW, self.next_seq - self.first_seq))
+        self.sequence.run_to(self.next_seq - 1)
+        self.sequence.observe(seq, self.unseen_count)
+        self.next_seq = self.sequence.top + 1
+
+    def absorb(self, other: SpiUse) -> None:
+        """Take over what was seen of the same SPI elsewhere."""
+        self.first_seen_at = min(self.first_seen_at, other.first_seen_at)
+        self.last_seen_at = max(self.last_seen_at, other.last_seen_at)
+        self.packet_count += other.packet_count
+        self.byte_count += other.byte_count
+        # Which numbers lay between the two cannot be told any more: the next packet is taken for the first.
+        self.first_seq = self.next_seq = -1
+        self.unseen_count, self.sequence = 0, None
+
+
 @dataclass(slots=True, eq=False)
 class Flow:
     """One direction of a session: who sends, and what was carried.
 
     `address` (network order), `zone` and `port` are the sender's; the port is what a session shows as such. Counted
-    are IP packets and their bytes, IP header included. `spis` holds the most recent SPIs in the order in which they
-    were first seen.
+    are IP packets and their bytes, IP header included. `fragment_count` are those seen that were fragments, or larger
+    than what their interface carries in one. `uses` holds the most recent SPIs in the order in which they
+    were first seen; what older ones carried is in the flow's counts alone.
     """
 
     address: bytes
@@ -89,20 +146,42 @@ class Flow:
     port: int
     packet_count: int = 0
     byte_count: int = 0
-    spis: tuple[int, ...] = ()
+    fragment_count: int = 0
+    uses: tuple[SpiUse, ...] = ()
     session: Session = field(init=False, repr=False)
 
-    def note_spi(self, spi: int) -> None:
-        """Remember an SPI seen on the wire, once; the oldest of more than SPIS_SEEN is forgotten."""
-        if spi not in self.spis:
-            self.spis = (*self.spis, spi)[-SPIS_SEEN:]
+    @property
+    def spis(self) -> tuple[int, ...]:
+        """The SPIs seen on the wire, the oldest first."""
+        return tuple(use.spi for use in self.uses)
+
+    def use(self, spi: int) -> SpiUse | None:
+        """What was seen of an SPI; None if nothing was."""
+        for use in reversed(self.uses):
+            if use.spi == spi:
+                return use
+        return None
+
+    def note_spi(self, spi: int, now: float) -> SpiUse:
+        """What was seen of an SPI, with a new record if it is a new one; the oldest of more than SPIS_SEEN goes."""
+        use = self.use(spi)
+        if use is None:
+            use = SpiUse(spi, self, now, now)
+            self.uses = (*self.uses, use)[-SPIS_SEEN:]
+        return use
 
     def absorb(self, other: Flow) -> None:
         """Take over what another flow counted; the other one is to be thrown away."""
         self.packet_count += other.packet_count
         self.byte_count += other.byte_count
-        for spi in other.spis:
-            self.note_spi(spi)
+        self.fragment_count += other.fragment_count
+        for use in other.uses:
+            known = self.use(use.spi)
+            if known is None:
+                use.flow = self
+                self.uses = (*self.uses, use)[-SPIS_SEEN:]
+            else:
+                known.absorb(use)
 
 
 #: (interface in, interface out, outer): interface indices, 0 for none; `outer` is source and destination address, both
@@ -125,11 +204,11 @@ class Element:
 
     `kernel_packets` and `kernel_bytes` are the kernel's counter as read last. What the daemon answered itself is
     counted in `own_packets` and `own_bytes` until it is credited to the flow. `seen_at` is when a packet was last
-    noticed, in monotonic seconds.
+    noticed, `looked_at` when the daemon last saw one itself, in monotonic seconds.
     """
 
     key: ElementKey
-    flow: Flow
+    use: SpiUse
     verdict: Verdict
     kernel_packets: int
     kernel_bytes: int
@@ -137,6 +216,12 @@ class Element:
     place: Place = Place.DAEMON
     own_packets: int = 0
     own_bytes: int = 0
+    looked_at: float = 0.0
+
+    @property
+    def flow(self) -> Flow:
+        """The flow that it is counted in."""
+        return self.use.flow
 
     @property
     def spi_key(self) -> SpiKey:
@@ -146,13 +231,31 @@ class Element:
 
 
 @dataclass(slots=True, eq=False)
+class Generation:
+    """One CHILD_SA of a tunnel: a pair of SPIs between two rekeys. Times are monotonic seconds.
+
+    `moves` counts the address changes that it went through (MOBIKE, RFC 4555), `after_end_count` the packets that came
+    when it was gone. `comparison` holds the IKE daemon's packet counts against fwd's.
+    """
+
+    sa: ChildSa
+    installed_at: float
+    removed_at: float | None = None
+    end: SaEnd | None = None
+    moves: int = 0
+    after_end_count: int = 0
+    comparison: Comparison | None = None
+
+
+@dataclass(slots=True, eq=False)
 class Session:
     """One entry of the session table.
 
     Times are monotonic seconds, but for `expires_at`, which is in the ager's own time (see ager.py).
     `refresh_s` is what a packet sets the time to live to: 0 where packets do not prolong it. `ingress` and
-    `egress` are interface names as of the first packet. `sas` are the CHILD_SAs of a tunnel that ends here,
-    the newest last; `udp_ports` are those of ESP in UDP, client first.
+    `egress` are interface names as of the first packet. `generations` are the CHILD_SAs of a tunnel that ends here,
+    those that are gone included, the newest last, and `is_client_here` says whether this host initiated it.
+    `udp_ports` are those of ESP in UDP, client first.
     """
 
     id: int
@@ -174,13 +277,45 @@ class Session:
     refresh_s: int = 0
     armed_at: float | None = None
     keys: tuple[FlowKey | SpiKey, ...] = ()
-    sas: tuple[ChildSa, ...] = ()
+    generations: tuple[Generation, ...] = ()
+    is_client_here: bool = False
     elements: tuple[Element, ...] = field(default=(), repr=False)
     rekeys: int = 0
     udp_ports: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         self.c2s.session = self.s2c.session = self
+
+    @property
+    def sas(self) -> tuple[ChildSa, ...]:
+        """The CHILD_SAs that its tunnel has now, the newest last."""
+        return tuple(generation.sa for generation in self.generations if generation.removed_at is None)
+
+    @property
+    def sa(self) -> ChildSa | None:
+        """The newest CHILD_SA of its tunnel, even if it is gone; None if it is no tunnel's."""
+        return self.generations[-1].sa if self.generations else None
+
+    def generation(self, sa: ChildSa) -> Generation | None:
+        """The generation that this CHILD_SA is, if it is one of this tunnel's now."""
+        for generation in self.generations:
+            if generation.removed_at is None and generation.sa == sa:
+                return generation
+        return None
+
+    def generation_of(self, spi: int) -> Generation | None:
+        """The newest generation with this SPI, in or out; it may be gone."""
+        for generation in reversed(self.generations):
+            if spi in (generation.sa.spi_in, generation.sa.spi_out):
+                return generation
+        return None
+
+    def add_generation(self, sa: ChildSa, installed_at: float) -> None:
+        """The tunnel has a further CHILD_SA; of more than GENERATIONS_KEPT the oldest that is gone is forgotten."""
+        self.generations += (Generation(sa, installed_at),)
+        if len(self.generations) > GENERATIONS_KEPT:
+            gone = next((old for old in self.generations if old.removed_at is not None), None)
+            self.generations = tuple(kept for kept in self.generations if kept is not gone)
 
     @property
     def client(self) -> Flow:
@@ -220,22 +355,25 @@ class Session:
         is_c2s = packet.src == self.c2s.address and (not packet.sport or packet.sport == self.c2s.port)
         return self.c2s if is_c2s else self.s2c
 
-    def flow_from(self, address: bytes) -> Flow:
-        """The flow of the packets that `address` sends."""
-        return self.c2s if address == self.client.address else self.s2c
+    @property
+    def outbound(self) -> Flow:
+        """What this host sends through its tunnel."""
+        return self.c2s if self.is_client_here else self.s2c
+
+    @property
+    def inbound(self) -> Flow:
+        """What this host receives through its tunnel."""
+        return self.s2c if self.is_client_here else self.c2s
 
     def ports_of_sa(self) -> None:
         """Show the SPIs of the newest CHILD_SA that carries traffic, or of the newest one if none does.
 
         Each side's port is the SPI that it receives on. PAN-OS: kA10g000000ClXiCAK.
         """
-        for sa in reversed(self.sas):
-            from_here, to_here = self.flow_from(sa.local), self.flow_from(sa.remote)
-            if sa.spi_out in from_here.spis or sa.spi_in in to_here.spis:
-                break
-        else:
-            sa = self.sas[-1]
-        here, there = (sa.spi_in, sa.local_port), (sa.spi_out, sa.remote_port)
-        client, server = (here, there) if sa.local == self.client.address else (there, here)
-        self.client.port, self.server.port = client[0], server[0]
-        self.udp_ports = (client[1], server[1]) if sa.encap else None
+        if not (sas := self.sas):
+            return
+        sent, received = self.outbound.spis, self.inbound.spis
+        sa = next((sa for sa in reversed(sas) if sa.spi_out in sent or sa.spi_in in received), sas[-1])
+        self.outbound.port, self.inbound.port = sa.spi_in, sa.spi_out
+        ports = (sa.local_port, sa.remote_port) if self.is_client_here else (sa.remote_port, sa.local_port)
+        self.udp_ports = ports if sa.encap else None

@@ -17,6 +17,20 @@ class UnknownSpi(StrEnum):
     DISCARD = "discard"
 
 
+class TransitPorts(StrEnum):
+    """What ESP in transit shows as ports: one generic session, or a session for each SPI and direction."""
+
+    GENERIC = "generic"
+    SPI = "spi"
+
+
+class PassThrough(StrEnum):
+    """When ESP in transit may pass: whenever a rule allows it, or only after IKE between the same peers, too."""
+
+    ALWAYS = "always"
+    IKE_GATED = "ike-gated"
+
+
 #: PAN-OS's defaults, in seconds (SPEC section 3).
 DEFAULT_TIMEOUTS: Mapping[Application, int] = {
     Application.IPSEC_ESP: 3600,
@@ -41,3 +55,7 @@ class Settings:
     keep_ended_s: int = 300
     unknown_spi: UnknownSpi = UnknownSpi.GENERIC
     unknown_spi_grace_s: int = 5
+    transit_ports: TransitPorts = TransitPorts.GENERIC
+    pass_through: PassThrough = PassThrough.ALWAYS
+    ike_gate_s: int = 14400
+    tunnel_silent_s: int = 60

@@ -3,7 +3,8 @@
 Theory. A session goes through the states that PAN-OS names. It is allocated (INIT -> OPENING), and stays in
 OPENING only while it waits for its first packet: that is what a session announced by the IKE daemon does
 (type PRED). The first packet asks the policy: ACTIVE or DISCARD. An ACTIVE session whose tunnel went down
-is CLOSING for a short while, because packets that were sent before may still arrive. Every session ends in
+is CLOSING for a short while, because packets that were sent before may still arrive; should the tunnel come back
+meanwhile, as it does when a peer authenticates anew, it is ACTIVE again. Every session ends in
 the same way, CLOSED -> FREE -> INIT: it leaves the lookup tables (CLOSED), gives back its place (FREE), and
 stays readable in the state of an unused slot (INIT), as PAN-OS shows it.
 
@@ -37,6 +38,7 @@ class Trigger(StrEnum):
     PERMIT = "permit"
     DENY = "deny"
     TUNNEL_DOWN = "tunnel-down"
+    TUNNEL_UP = "tunnel-up"
     END = "end"
     RELEASE = "release"
     RECYCLE = "recycle"
@@ -66,7 +68,7 @@ TRANSITIONS: Final[Mapping[State, Mapping[Trigger, State]]] = MappingProxyType(
             Trigger.END: State.CLOSED,
         },
         State.DISCARD: {Trigger.END: State.CLOSED},
-        State.CLOSING: {Trigger.END: State.CLOSED},
+        State.CLOSING: {Trigger.TUNNEL_UP: State.ACTIVE, Trigger.END: State.CLOSED},
         State.CLOSED: {Trigger.RELEASE: State.FREE},
         State.FREE: {Trigger.RECYCLE: State.INIT},
     }

@@ -35,7 +35,7 @@ def parse_message(message: Any) -> InterfaceEvent | None:
         name = message.get_attr("IFLA_IFNAME")
         if kind == "RTM_DELLINK":
             return LinkGone(message["index"])
-        return LinkPresent(message["index"], name) if name else None
+        return LinkPresent(message["index"], name, message.get_attr("IFLA_MTU") or 0) if name else None
     if kind in ("RTM_NEWADDR", "RTM_DELADDR"):
         # On point-to-point links IFA_ADDRESS is the other end's.
         text = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")

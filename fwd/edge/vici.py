@@ -21,6 +21,7 @@ from ipaddress import ip_address
 from typing import Any
 
 from vici import Session
+from vici.exception import EventUnknownException
 from vici.protocol import RECV_TIMEOUT_DEFAULT, Transport
 
 from ..core.sa import ChildSa, SaDeleted, SaEstablished, SaEvent, SaRekeyed, SaSnapshot, SaSourceLost
@@ -28,6 +29,9 @@ from ..core.sa import ChildSa, SaDeleted, SaEstablished, SaEvent, SaRekeyed, SaS
 log = logging.getLogger(__name__)
 
 _EVENTS = ("child-updown", "child-rekey")
+
+#: Raised when a peer's address changes (MOBIKE); strongSwan before 5.9.9 does not know it.
+_EVENT_MOVED = "ike-update"
 
 #: How long charon may take for an answer, and for the rest of a message that it began, in seconds.
 ANSWER_S = 5.0
@@ -37,6 +41,8 @@ _PROBE_S = 5.0
 _RECONCILE_S = 30.0
 #: All SAs are read so soon after a rekey: charon does not tell when the old SA goes.
 _AFTER_REKEY_S = 2.0
+#: And so soon after a peer moved: charon tells that before it has changed the CHILD_SAs.
+_AFTER_MOVE_S = 0.3
 #: Pauses between attempts to connect: doubled from the first to the last.
 _BACKOFF_S = (0.2, 2.0)
 
@@ -100,7 +106,10 @@ def _child_sa(ike_name: str, ike: Mapping[str, Any], child: Mapping[str, Any]) -
         local_id=_text(ike, "local-id", ""),
         remote_id=_text(ike, "remote-id", ""),
         mode=_text(child, "mode", "TUNNEL"),
+        esn=_text(child, "esn", "0") == "1",
         age_s=_integer(child, "install-time") if "install-time" in child else 0,
+        packets_in=_count(child, "packets-in"),
+        packets_out=_count(child, "packets-out"),
     )
 
 
@@ -133,6 +142,12 @@ def _integer(section: Mapping[str, Any], key: str, base: int = 10) -> int:
     if not 0 <= number < 2**32:
         raise ViciAnswerError(f"'{key}' is '{text[:40]}', not a number of 32 bit")
     return number
+
+
+def _count(section: Mapping[str, Any], key: str) -> int:
+    """A counter of 64 bit, -1 if charon does not give it."""
+    text = _text(section, key, "")
+    return int(text) if text.isdecimal() else -1
 
 
 def _address(section: Mapping[str, Any], key: str) -> bytes:
@@ -214,6 +229,7 @@ class ViciListener:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="vici", daemon=True)
         self._lost_reason = ""
+        self._events = [*_EVENTS, _EVENT_MOVED]
 
     def start(self) -> None:
         """Begin to listen; charon need not be there yet."""
@@ -246,6 +262,10 @@ class ViciListener:
             listening, asking = (stack.enter_context(contextlib.closing(self._connect())) for _ in range(2))
             try:
                 yield from self._listen(listening.session(), asking.session())
+            except EventUnknownException:
+                if _EVENT_MOVED not in self._events:
+                    raise
+                self._events.remove(_EVENT_MOVED)  # and connect anew: a change of address shows at the next reconcile
             except Exception as error:
                 raise ConnectionError(listening.failure or asking.failure or error) from error
 
@@ -264,7 +284,7 @@ class ViciListener:
     def _listen(self, listening: Session, asking: Session) -> Iterator[None]:
         probe_at = snapshot_at = 0.0
         # The first item, even an empty one, comes when all registrations are done: the time for a snapshot.
-        with contextlib.closing(listening.listen(_EVENTS, _POLL_S)) as events:
+        with contextlib.closing(listening.listen(self._events, _POLL_S)) as events:
             for name, message in events:
                 if self._stopping.is_set():
                     return
@@ -278,7 +298,9 @@ class ViciListener:
                 elif now >= probe_at:
                     asking.version()
                     probe_at = now + _PROBE_S
-                if name is not None:
+                if name == _EVENT_MOVED.encode():
+                    snapshot_at = min(snapshot_at, now + _AFTER_MOVE_S)
+                elif name is not None:
                     try:
                         for event in parse_event(name.decode(), message):
                             self._deliver(event)

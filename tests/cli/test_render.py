@@ -150,6 +150,7 @@ def test_what_pan_os_has_no_field_for_follows_under_its_own_heading(sample):
         "spis_in_kernel": 1,
         "nat_t_ports": [4500, 61000],
         "sa_stale_s": 65.0,
+        "fragments": {"c2s": 3, "s2c": 0},
     }
     text = render.session_detail({**sample, "ipsec": ipsec})
     assert text.startswith(DETAIL + "\n\n        IPsec, as seen by fwd:\n")

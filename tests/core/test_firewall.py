@@ -4,17 +4,19 @@
 """
 
 import struct
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from fwd.core.constants import GENERIC_ESP_PORT, SA_LINGER_S, UNKNOWN_SPI_KEYS
+from fwd.core.constants import GENERATIONS_KEPT, GENERIC_ESP_PORT, SA_LINGER_S, UNKNOWN_SPI_KEYS
 from fwd.core.events import SessionCreated, SessionDiscarded, SessionEnded, SessionPromoted, SessionRekeyed
 from fwd.core.interfaces import LinkPresent
 from fwd.core.policy import Action, Prefix, Rule
-from fwd.core.sa import SaDeleted, SaEstablished, SaRekeyed, SaSnapshot, SaSourceLost
+from fwd.core.sa import SaDeleted, SaEnd, SaEstablished, SaRekeyed, SaSnapshot, SaSourceLost
 from fwd.core.session import Application, SessionType
 from fwd.core.settings import UnknownSpi
 from fwd.core.state import EndReason, State
@@ -167,15 +169,29 @@ class TestTerminated:
         assert not bench.sessions and session.state is State.INIT
         assert (bench.count("session_tunnel_down"), bench.count("session_aged_out")) == (1, 0)
 
-    def test_a_tunnel_that_comes_up_again_is_a_new_session(self, bench):
+    def test_a_tunnel_that_comes_up_again_at_once_goes_on_in_its_session(self, bench):
         bench.sas(SaEstablished(SA))
         bench.receive(esp(PEER, HERE, SA.spi_in))
         bench.sas(SaDeleted(SA))
+        assert (bench.session.state, bench.session.end_reason) == (State.CLOSING, EndReason.TUNNEL_DOWN)
+        bench.wait(1)
+        bench.sas(SaEstablished(NEXT_SA))  # as when a peer authenticates anew (RFC 7296 section 2.8.3)
+        bench.receive(esp(PEER, HERE, NEXT_SA.spi_in))
+        session = bench.session
+        assert (session.state, session.end_reason, session.packet_count) == (State.ACTIVE, EndReason.UNKNOWN, 2)
+        assert [g.end for g in session.generations] == [SaEnd.DELETED, None]
+        bench.wait(2 * SA_LINGER_S)
+        assert bench.session is session and not bench.count("session_ended")
+
+    def test_one_that_comes_up_again_later_has_a_new_session(self, bench):
+        bench.sas(SaEstablished(SA))
+        bench.receive(esp(PEER, HERE, SA.spi_in))
+        old = bench.session
+        bench.sas(SaDeleted(SA))
+        bench.wait(SA_LINGER_S)
         bench.sas(SaEstablished(NEXT_SA))
         bench.receive(esp(PEER, HERE, NEXT_SA.spi_in))
-        closing, fresh = bench.sessions
-        assert (closing.state, fresh.state) == (State.CLOSING, State.ACTIVE)
-        assert (closing.packet_count, fresh.packet_count) == (1, 1)
+        assert bench.session is not old and (old.packet_count, bench.session.packet_count) == (1, 1)
 
     def test_clearing_leaves_a_tunnel_that_waits(self, bench):
         bench.sas(SaEstablished(SA))
@@ -248,6 +264,62 @@ class TestRekey:
         bench.sas(SaDeleted(SA))
         bench.sas(SaDeleted(child_sa(9, 9)))
         assert bench.session.sas == (NEXT_SA,)
+
+    def test_each_generation_tells_its_own_story(self, bench):
+        bench.sas(SaEstablished(SA))
+        bench.receive(esp(PEER, HERE, SA.spi_in))
+        bench.wait(10)
+        bench.sas(SaRekeyed(SA, NEXT_SA))
+        bench.wait(1)
+        bench.receive(esp(PEER, HERE, NEXT_SA.spi_in))
+        bench.receive(esp(PEER, HERE, SA.spi_in, seq=2))  # make before break: both run side by side
+        bench.wait(1)
+        bench.sas(SaDeleted(SA))
+        old, new = bench.session.generations
+        assert (old.sa, old.end, old.removed_at - old.installed_at) == (SA, SaEnd.REKEYED, 12)
+        assert (new.sa, new.end, new.installed_at - old.installed_at) == (NEXT_SA, None, 10)
+        uses = bench.session.inbound.uses
+        assert [(use.spi, use.packet_count, use.byte_count) for use in uses] == [
+            (SA.spi_in, 2, 136),
+            (NEXT_SA.spi_in, 1, 68),
+        ]
+        assert [use.last_seen_at - old.installed_at for use in uses] == [11, 11]
+        assert (bench.session.client.port, bench.session.server.port) == (NEXT_SA.spi_out, NEXT_SA.spi_in)
+
+    def test_of_very_many_generations_the_oldest_are_forgotten(self, bench):
+        sas = [child_sa(spi, 10_000 + spi) for spi in range(1000, 1000 + GENERATIONS_KEPT + 5)]
+        bench.sas(SaEstablished(sas[0]))
+        for old, new in pairwise(sas):
+            bench.sas(SaRekeyed(old, new))
+            bench.sas(SaDeleted(old))
+        assert [g.sa for g in bench.session.generations] == sas[5:] and bench.session.rekeys == len(sas) - 1
+
+    def test_a_peer_that_moves_keeps_its_session(self, bench):
+        bench.sas(SaEstablished(SA))
+        bench.receive(esp(PEER, HERE, SA.spi_in))
+        session = bench.session
+        moved = replace(SA, remote=packed(LEFT))
+        bench.receive(esp(LEFT, HERE, SA.spi_in, seq=2))  # in is looked up by this host's address
+        bench.send(esp(HERE, LEFT, SA.spi_out))  # and this one is nobody's yet
+        assert len(bench.sessions) == 2
+        bench.sas(SaSnapshot((moved,)))
+        assert bench.session is session and session.packet_count == 3
+        assert (session.inbound.packet_count, session.generations[0].moves) == (2, 1)
+        bench.send(esp(HERE, PEER, SA.spi_out, seq=2))  # sent before charon told
+        bench.receive(esp(LEFT, HERE, SA.spi_in, seq=3))
+        assert bench.session.packet_count == 5 and bench.count("sa_moved") == 1
+        bench.wait(2 * SA_LINGER_S)
+        bench.send(esp(HERE, PEER, SA.spi_out, seq=3))
+        assert len(bench.sessions) == 2 and session.packet_count == 5
+
+    def test_an_ike_rekey_changes_nothing(self, bench):
+        bench.sas(SaEstablished(SA))
+        bench.receive(esp(PEER, HERE, SA.spi_in))
+        session, client = bench.session, bench.session.client.address
+        bench.sas(SaSnapshot((replace(SA, is_initiator=True),)))  # the other side initiated the new IKE_SA
+        bench.receive(esp(PEER, HERE, SA.spi_in, seq=2))
+        assert bench.session is session and session.packet_count == 2 and session.client.address == client
+        assert len(session.generations) == 1 and not session.generations[0].moves
 
     def test_news_that_come_twice_or_late_change_nothing(self, bench):
         bench.sas(SaSnapshot((SA, NEXT_SA)))

@@ -11,7 +11,7 @@ import json, time
 from types import SimpleNamespace
 from fwd.core.fast_path import Outcome, Work
 from fwd.core.policy import Verdict
-from fwd.core.session import Element, Flow
+from fwd.core.session import Element, Flow, SpiUse
 from fwd.edge.kernel_path import KernelPath
 
 Ruleset(20, True, 1024).install()
@@ -26,7 +26,8 @@ for size in (12, 16, 36, 40):
             created_at=time.monotonic() - 60,
         )
         key = (1, 0 if number == 2 else 1, bytes([number + 1]) * (size - 4) + (4096 + number).to_bytes(4))
-        elements.append(Element(key, flow, Verdict.DROP if number == 1 else Verdict.ACCEPT, 5 + number, 500 + number))
+        use = SpiUse(4096 + number, flow, 0.0, 0.0)
+        elements.append(Element(key, use, Verdict.DROP if number == 1 else Verdict.ACCEPT, 5 + number, 500 + number))
 
 def show(readings):
     return [readings.get(element.key) for element in elements]
@@ -96,7 +97,7 @@ def test_one_change_replaces_an_element():
 
 def test_many_elements_take_several_messages():
     (result,) = run(
-        "many = [Element((1, 1, n.to_bytes(12)), elements[0].flow, Verdict.ACCEPT, n, n) for n in range(1000)]\n"
+        "many = [Element((1, 1, n.to_bytes(12)), elements[0].use, Verdict.ACCEPT, n, n) for n in range(1000)]\n"
         "outcomes = [path.carry_out(work) for work in (Work(installs=many), Work(reads=many), Work(removals=many))]\n"
         "wanted = {element.key: (element.kernel_packets, element.kernel_bytes) for element in many}\n"
         "print(json.dumps([outcomes[1].read == wanted, outcomes[2].removed == wanted]))\n"
@@ -106,7 +107,7 @@ def test_many_elements_take_several_messages():
 
 def test_full_maps_and_missing_tables_are_told():
     full, gone, removed = run(
-        "many = [Element((1, 1, n.to_bytes(12)), elements[0].flow, Verdict.ACCEPT, n, n) for n in range(1025)]\n"
+        "many = [Element((1, 1, n.to_bytes(12)), elements[0].use, Verdict.ACCEPT, n, n) for n in range(1025)]\n"
         "print(json.dumps(path.carry_out(Work(installs=many)).installed))\n"
         "Ruleset.remove()\n"
         "print(json.dumps(path.carry_out(Work(installs=many[:5])).installed))\n"

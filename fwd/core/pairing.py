@@ -1,0 +1,149 @@
+"""Which SPIs in transit belong together: what can be said from the outside, and what cannot.
+
+ESP tells nobody which two SPIs are one tunnel, nor that a new SPI is an old one's successor (both are agreed under
+encryption). But the wire shows when each was used. One SPI that falls silent just as another begins is a rekey; one
+that goes on beside the other is another tunnel. SPIs that follow one another so are a line. Where there is one line in
+each direction only, the two are a tunnel: `observed-unique`. Two tunnels that were there all the time stay
+`ambiguous`.
+
+All of it is observed, never negotiated; more packets can prove it wrong, and then it is said otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from .constants import PAIR_PROOF_S, TAKE_OVER_S
+from .session import SpiUse
+
+
+class Relation(StrEnum):
+    """What an SPI is to the one before it, in the same direction."""
+
+    FIRST = "first"
+    TAKES_OVER = "takes-over"  # the older one fell silent as this one began: a rekey
+    FOLLOWS = "follows"  # the older one had been silent for long: a rekey, or another tunnel
+    BESIDE = "beside"  # both go on: a second tunnel
+    UNDECIDED = "undecided"  # too early to tell a rekey from a second tunnel
+
+
+class Evidence(StrEnum):
+    """What is known of an SPI's partner in the other direction."""
+
+    OBSERVED_UNIQUE = "observed-unique"
+    AMBIGUOUS = "ambiguous"
+    ONE_WAY = "one-way"  # nothing that could be its partner was seen
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What can be said of one SPI. `before` is the older SPI of `relation`, `partner` that of the other direction."""
+
+    relation: Relation
+    before: int | None
+    evidence: Evidence
+    partner: int | None
+
+
+@dataclass(slots=True)
+class _Line:
+    """SPIs of one direction that follow one another: as far as can be seen, one tunnel."""
+
+    uses: list[SpiUse] = field(default_factory=list)
+
+    @property
+    def begin(self) -> float:
+        return self.uses[0].first_seen_at
+
+    @property
+    def end(self) -> float:
+        return self.uses[-1].last_seen_at
+
+
+def observe(one_way: Sequence[SpiUse], other_way: Sequence[SpiUse], now: float) -> dict[SpiUse, Observation]:
+    """What can be said of the SPIs between two peers, given with both directions; times in monotonic seconds."""
+    relations: dict[SpiUse, tuple[Relation, SpiUse | None]] = {}
+    lines = [_lines(uses, now, relations) for uses in (one_way, other_way)]
+    partners = _partners(*lines)
+    found = {}
+    for mine, others in (lines, reversed(lines)):
+        for line in mine:
+            for use in line.uses:
+                relation, before = relations[use]
+                evidence = Evidence.AMBIGUOUS
+                if use in partners:
+                    evidence = Evidence.OBSERVED_UNIQUE
+                elif not any(_overlap(use, theirs) >= -TAKE_OVER_S for other in others for theirs in other.uses):
+                    evidence = Evidence.ONE_WAY
+                found[use] = Observation(relation, _spi(before), evidence, _spi(partners.get(use)))
+    return found
+
+
+def _lines(uses: Iterable[SpiUse], now: float, relations: dict[SpiUse, tuple[Relation, SpiUse | None]]) -> list[_Line]:
+    lines: list[_Line] = []
+    for use in sorted(uses, key=lambda use: use.first_seen_at):
+        ended = [line for line in lines if line.end <= use.first_seen_at + TAKE_OVER_S]
+        if not ended:
+            relations[use] = (Relation.BESIDE, lines[-1].uses[-1]) if lines else (Relation.FIRST, None)
+            lines.append(_Line([use]))
+            continue
+        line = max(ended, key=lambda line: line.end)
+        before = line.uses[-1]
+        if now < use.first_seen_at + TAKE_OVER_S and now < before.last_seen_at + TAKE_OVER_S:
+            relation = Relation.UNDECIDED
+        elif before.last_seen_at < use.first_seen_at - TAKE_OVER_S:
+            relation = Relation.FOLLOWS
+        else:
+            relation = Relation.TAKES_OVER
+        relations[use] = (relation, before)
+        line.uses.append(use)
+    return lines
+
+
+def _partners(one_way: Sequence[_Line], other_way: Sequence[_Line]) -> Mapping[SpiUse, SpiUse]:
+    """The SPIs of lines that are one tunnel: the only ones, or the only ones for a while, or those that are left."""
+    mine, theirs = list(one_way), list(other_way)
+    partners: dict[SpiUse, SpiUse] = {}
+    while mine and theirs:
+        if len(mine) == len(theirs) == 1:
+            pair = (mine[0], theirs[0])
+        else:
+            alone = [(a, b) for a in mine for b in theirs if _was_alone(a, b, [*mine, *theirs])]
+            if not alone:
+                break
+            pair = alone[0]
+        partners |= _pairs(*pair)
+        mine.remove(pair[0])
+        theirs.remove(pair[1])
+    return partners
+
+
+def _was_alone(a: _Line, b: _Line, everything: Iterable[_Line]) -> bool:
+    """Whether the two carried packets for a while in which no other line did."""
+    begin = max(a.begin, b.begin)
+    if min(a.end, b.end) < begin + PAIR_PROOF_S:
+        return False
+    others = [line for line in everything if line is not a and line is not b]
+    return all(line.begin >= begin + PAIR_PROOF_S or line.end < min(a.begin, b.begin) for line in others)
+
+
+def _pairs(a: _Line, b: _Line) -> dict[SpiUse, SpiUse]:
+    """Those of two lines that ran at the same time: each is the best match of the other."""
+    best_of_a = {use: max(b.uses, key=lambda other: _overlap(use, other)) for use in a.uses}
+    best_of_b = {use: max(a.uses, key=lambda other: _overlap(use, other)) for use in b.uses}
+    pairs = {}
+    for use, other in best_of_a.items():
+        if best_of_b[other] is use and _overlap(use, other) >= -TAKE_OVER_S:
+            pairs[use], pairs[other] = other, use
+    return pairs
+
+
+def _spi(use: SpiUse | None) -> int | None:
+    return use.spi if use else None
+
+
+def _overlap(a: SpiUse, b: SpiUse) -> float:
+    """How long both were in use, in seconds; less than nothing if there was a pause between them."""
+    return min(a.last_seen_at, b.last_seen_at) - max(a.first_seen_at, b.first_seen_at)
