@@ -56,8 +56,9 @@ MISCOUNT_SHARE: Final = 0.01
 WATCH_INTERVAL_S: Final = 1.0
 WATCH_SLICE: Final = 256
 
-#: Peers whose sessions of one SPI each are looked at in one go, to see whether they are one tunnel.
+#: Peers whose sessions of one SPI each are looked at in one go, to see whether they are one tunnel, and how often.
 PAIRINGS_PER_TURN: Final = 64
+PAIR_INTERVAL_S: Final = 1.0
 
 #: SPIs that are remembered after their SA is gone, to tell packets that still use them from those of strangers.
 FORMER_SPIS_KEPT: Final = 4096

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
-from itertools import islice
 
 from .ager import Ager
 from .constants import (
@@ -28,11 +27,7 @@ from .constants import (
     LOOK_MAX_PACKETS,
     LOOK_MIN_PACKETS,
     LOOKS_PER_TURN,
-    PAIR_PROOF_S,
-    PAIRINGS_PER_TURN,
     SA_LINGER_S,
-    SAMPLE_INTERVAL_S,
-    SPIS_SEEN,
     UNKNOWN_SPI_KEYS,
     WATCH_INTERVAL_S,
     WATCH_SLICE,
@@ -52,10 +47,10 @@ from .events import (
 from .fast_path import FastPath, Found, Outcome, Reading, Work
 from .gate import CLOSED, IkeGate
 from .health import Finding, Trouble, compare, findings
-from .ike import IkeSa, IkeWatcher, Peers, of_tunnel, peers_of
+from .ike import IkeSa, IkeWatcher, of_tunnel
 from .interfaces import InterfaceEvent, InterfaceTable
 from .packet import Kind, Packet, PacketError, packet_of, parse, peek
-from .pairing import observe
+from .pairing import Unpaired, proven_pairs
 from .policy import Action, Rule, Verdict
 from .sa import (
     ChildSa,
@@ -137,9 +132,7 @@ class Firewall:
         #: IKE as it was seen between any two peers, and the gate that it opens for their ESP in transit.
         self.ike = IkeWatcher()
         self.gate = IkeGate()
-        #: Sessions of one SPI in transit whose partner is not known yet.
-        self._unpaired: dict[Peers, list[Session]] = {}
-        self._next_pairing_at = 0.0
+        self.unpaired = Unpaired()
         self._to_watch: deque[Session] = deque()
         self._next_watch_at = 0.0
         self._troubles: dict[int, dict[Trouble, Finding]] = {}
@@ -272,8 +265,8 @@ class Firewall:
             deadlines.append(gate)
         if self._tunnels:
             deadlines.append(self._next_watch_at)
-        if self._unpaired:
-            deadlines.append(self._next_pairing_at)
+        if (pairing := self.unpaired.next_deadline()) is not None:
+            deadlines.append(pairing)
         if self._to_clear:
             deadlines.append(0.0)
         return min(deadlines)
@@ -297,8 +290,7 @@ class Firewall:
             if session.state is State.ACTIVE:
                 session.rule = CLOSED
                 self._discard(session, now)
-        if now >= self._next_pairing_at:
-            self._pair_up(now)
+        self._pair_up(now)
         if now >= self._next_watch_at:
             self._watch(now)
         idle_since = now - ELEMENT_IDLE_S
@@ -414,7 +406,7 @@ class Firewall:
                     packet = Packet(kind, a, b, 0, None, None, *(ports if port else (0, 0)))
                     if flow := self.table.lookup(flow_key(packet, *zones)):
                         ids.append(flow.session.id)
-        ids += [other.id for other in self._unpaired.get(peers_of(a, b), ())]
+        ids += [other.id for other in self.unpaired.between(a, b)]
         if session.application is Application.IKE:
             tunnels = (self.tunnel_of(sa.sa) for sa in self.directory if {sa.sa.local, sa.sa.remote} == {a, b})
             ids += [tunnel.id for tunnel in tunnels if tunnel]
@@ -511,7 +503,7 @@ class Firewall:
                 return
             tunnel = self._tunnels.get(former.sa.tunnel)
             generation = tunnel.generation_of(use.spi) if tunnel else None
-        elif generation.removed_at is None or decided_at < generation.removed_at:
+        elif generation.removed_at is None or decided_at <= generation.removed_at:
             return
         self.counters.add("pkt_deleted_sa", packets)
         if generation is not None:
@@ -577,7 +569,7 @@ class Firewall:
             if self.settings.pass_through is PassThrough.IKE_GATED:
                 self._ask_gate(session, was, now)
             if isinstance(key, FlowKey) and key.low_port and packet.kind is Kind.ESP:
-                self._unpaired.setdefault(peers_of(packet.src, packet.dst), []).append(session)
+                self.unpaired.join(session)
         self._decide(session, now)
         if is_provisional and session.state is State.ACTIVE:
             session.refresh_s = 0
@@ -611,30 +603,15 @@ class Firewall:
 
     def _pair_up(self, now: float) -> None:
         """Sessions of one SPI each become one session when it is proven that they are one tunnel."""
-        self._next_pairing_at = now + SAMPLE_INTERVAL_S
-        for peers in list(islice(self._unpaired, PAIRINGS_PER_TURN)):
-            waiting = [session for session in self._unpaired.pop(peers) if self.table.live(session.id) is session]
-            waiting = waiting[-SPIS_SEEN:]  # among more than that, nothing is proven
+        for waiting in self.unpaired.due(now):
             self.fast_path.read_sessions(waiting)
-            uses = {use: s for s in waiting if s.state is State.ACTIVE for use in s.c2s.uses}
-            sides = [[use for use in uses if use.flow.address == address] for address in peers]
-            for use, seen in observe(sides[0], sides[1], now).items():
-                other = next((theirs for theirs in sides[1] if theirs.spi == seen.partner), None)
-                if use not in sides[0] or other is None:
-                    continue
-                if (
-                    min(use.last_seen_at, other.last_seen_at)
-                    < max(use.first_seen_at, other.first_seen_at) + PAIR_PROOF_S
-                ):
-                    continue
-                first, second = sorted((uses[use], uses[other]), key=lambda session: session.id)
+            for first, second in proven_pairs(waiting, now):
                 keys = second.keys
                 first.client.port = second.c2s.uses[-1].spi  # each side's port is the SPI that it receives on
                 self._absorb(second, first, turned=True)
                 self.table.index(first, [(key, first.s2c) for key in keys])
-                waiting = [session for session in waiting if session not in (first, second)]
-            if waiting:
-                self._unpaired[peers] = waiting
+                self.unpaired.leave(first)
+                self.unpaired.leave(second)
 
     def _take_in(self, session: Session, entries: Mapping[Key, Flow]) -> None:
         self.table.add(session, entries.items())
@@ -952,6 +929,7 @@ class Firewall:
         self.fast_path.withdraw(session.elements)
         self.table.end(session, now)
         self.gate.leave(session)
+        self.unpaired.leave(session)
         self.counters.add("session_ended")
         if session.end_reason in _END_COUNTERS:
             self.counters.add(_END_COUNTERS[session.end_reason])

@@ -21,7 +21,7 @@ CLOSED = Rule("ike-gate", Action.DENY)
 @dataclass(slots=True)
 class _Gate:
     open_until: float = 0.0
-    sessions: list[Session] = field(default_factory=list)
+    sessions: dict[Session, None] = field(default_factory=dict)  # in order: there may be very many
 
 
 class IkeGate:
@@ -42,14 +42,14 @@ class IkeGate:
     def join(self, session: Session) -> None:
         """The gate between its peers decides on this session from now on."""
         gate = self._gates.setdefault(_peers(session), _Gate())
-        gate.sessions.append(session)
+        gate.sessions[session] = None
 
     def leave(self, session: Session) -> None:
         """The session has ended."""
         peers = _peers(session)
         gate = self._gates.get(peers)
         if gate and session in gate.sessions:
-            gate.sessions.remove(session)
+            del gate.sessions[session]
             if not gate.sessions and not gate.open_until:
                 del self._gates[peers]
 

@@ -11,12 +11,15 @@ All of it is observed, never negotiated; more packets can prove it wrong, and th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 
-from .constants import PAIR_PROOF_S, TAKE_OVER_S
-from .session import SpiUse
+from .constants import PAIR_INTERVAL_S, PAIR_PROOF_S, PAIRINGS_PER_TURN, SPIS_SEEN, TAKE_OVER_S
+from .ike import Peers, peers_of
+from .session import Session, SpiUse
+from .state import State
 
 
 class Relation(StrEnum):
@@ -79,6 +82,69 @@ def observe(one_way: Sequence[SpiUse], other_way: Sequence[SpiUse], now: float) 
                     evidence = Evidence.ONE_WAY
                 found[use] = Observation(relation, _spi(before), evidence, _spi(partners.get(use)))
     return found
+
+
+class Unpaired:
+    """The sessions of one SPI each whose partner in the other direction is not proven yet, by their peers."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[Peers, dict[Session, None]] = {}  # in order: there may be very many
+        self._next_at = 0.0
+
+    def __len__(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def join(self, session: Session) -> None:
+        """This one has no partner yet."""
+        self._waiting.setdefault(_peers(session), {})[session] = None
+
+    def leave(self, session: Session) -> None:
+        """It has one, or has ended."""
+        peers = _peers(session)
+        waiting = self._waiting.get(peers, {})
+        if session in waiting:
+            del waiting[session]
+            if not waiting:
+                del self._waiting[peers]
+
+    def between(self, a: bytes, b: bytes) -> Iterator[Session]:
+        """Those between two addresses; of very many only the first."""
+        yield from islice(self._waiting.get(peers_of(a, b), ()), SPIS_SEEN)
+
+    def next_deadline(self) -> float | None:
+        """When `due` wants to be asked, in monotonic seconds; None if nobody waits."""
+        return self._next_at if self._waiting else None
+
+    def due(self, now: float) -> list[list[Session]]:
+        """The sessions of the next peers to be looked at; those of any others come with the next turns."""
+        if not self._waiting or now < self._next_at:
+            return []
+        self._next_at = now + PAIR_INTERVAL_S
+        turn = list(islice(self._waiting, PAIRINGS_PER_TURN))
+        for peers in turn:  # to the end of the line
+            self._waiting[peers] = self._waiting.pop(peers)
+        # Among more SPIs than a flow remembers nothing is looked for: it would be ambiguous.
+        return [list(self._waiting[peers]) for peers in turn if len(self._waiting[peers]) <= SPIS_SEEN]
+
+
+def proven_pairs(waiting: Iterable[Session], now: float) -> Iterator[tuple[Session, Session]]:
+    """Those that are the two directions of one tunnel, the older session first: alone for PAIR_PROOF_S at least."""
+    uses = {use: session for session in waiting if session.state is State.ACTIVE for use in session.c2s.uses}
+    if not uses:
+        return
+    low, high = _peers(next(iter(uses.values())))
+    one_way = [use for use in uses if use.flow.address == low]
+    other_way = {use.spi: use for use in uses if use.flow.address == high}
+    seen = observe(one_way, list(other_way.values()), now)
+    for use in one_way:
+        partner = other_way.get(seen[use].partner or 0)
+        if partner is not None and _overlap(use, partner) >= PAIR_PROOF_S:
+            first, second = sorted((uses[use], uses[partner]), key=lambda session: session.id)
+            yield first, second
+
+
+def _peers(session: Session) -> Peers:
+    return peers_of(session.client.address, session.server.address)
 
 
 def _lines(uses: Iterable[SpiUse], now: float, relations: dict[SpiUse, tuple[Relation, SpiUse | None]]) -> list[_Line]:
