@@ -1,8 +1,9 @@
 import pytest
 
 from fwd import rpc
-from fwd.api import Api
+from fwd.api import EVENTS_KEPT, Api
 from fwd.core import session_filter
+from fwd.core.events import SessionCreated
 from fwd.core.sa import SaEstablished, SaSourceLost
 from fwd.rpc import RpcError
 from tests.builders import DENY_ALL, HERE, LEFT, PEER, RIGHT, Bench, child_sa, esp, ike, settings
@@ -146,3 +147,74 @@ def test_counts_and_tunnels_and_info(api, bench):
 
 def test_only_clearing_changes_anything(api):
     assert {name for name, right in api.rights.items() if right != "read"} == {"session.clear"}
+
+
+# --- explanations, tunnels, events ------------------------------------------------------------------------------
+
+
+def drain(api, bench):
+    while event := bench.firewall.next_event():
+        api.note_event(event)
+
+
+def test_every_session_is_explained_and_shown_in_detail(api):
+    for number in ids(api):
+        answer = api.dispatch("explain.session", {"id": number})
+        assert answer["session"] == number and all(group["sentences"] for group in answer["groups"])
+        assert api.dispatch("session.get", {"id": number})["linked"] is not None
+    with pytest.raises(RpcError, match="no session 99"):
+        api.dispatch("explain.session", {"id": 99})
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"src": "here"}, "src: found 'here', want an IP address"),
+        ({"dst": "::1"}, "different IP versions"),
+        ({"spi": 0}, "spi"),
+        ({"ports": [1]}, "ports"),
+        ({"ports": [1, 70000]}, "ports"),
+    ],
+)
+def test_a_packet_to_explain_that_cannot_be_says_what_is_wrong(api, changes, says):
+    with pytest.raises(RpcError, match=says):
+        api.dispatch("explain.packet", {"src": PEER, "dst": HERE, "spi": 0x1001, **changes})
+
+
+def test_a_packet_is_explained_by_its_session(api):
+    assert api.dispatch("explain.packet", {"src": PEER, "dst": HERE, "spi": 0x1001})["session"] == 1
+    assert api.dispatch("explain.packet", {"src": PEER, "dst": HERE, "spi": 1})["session"] is None
+
+
+def test_tunnels_in_detail_by_either_name(api):
+    for name in (None, "gw", "net"):
+        (tunnel,) = api.dispatch("tunnel.detail", {"name": name})["tunnels"]
+        (generation,) = tunnel["generations"]
+        assert (tunnel["session"], generation["spi_in"], generation["in"]["packets"]) == (1, 0x1001, 1)
+    with pytest.raises(RpcError, match="no tunnel 'other'"):
+        api.dispatch("tunnel.detail", {"name": "other"})
+
+
+def test_events_come_in_order_once_each_and_by_filter(api, bench):
+    start = api.dispatch("event.list", {})
+    assert start == {"events": [], "next": 0, "lost": 0}
+    drain(api, bench)
+    first = api.dispatch("event.list", {"after": 0, "limit": 2})
+    assert [event["number"] for event in first["events"]] == [1, 2] and first["lost"] == 0
+    rest = api.dispatch("event.list", {"after": first["next"]})
+    assert [event["number"] for event in rest["events"]] == list(range(3, rest["next"] + 1))
+    assert api.dispatch("event.list", {"after": rest["next"]})["events"] == []
+    tunnel = api.dispatch("event.list", {"after": 0, "filter": {"application": "ipsec-udp"}})
+    assert [event["event"] for event in tunnel["events"]] == ["created", "promoted"]
+    assert tunnel["next"] == rest["next"]
+
+
+def test_a_slow_reader_is_told_how_many_events_it_missed(api, bench):
+    drain(api, bench)
+    before = api.dispatch("event.list", {})["next"]
+    event = SessionCreated(bench.firewall.table.find(1))
+    for _ in range(EVENTS_KEPT + 10):
+        api.note_event(event)
+    page = api.dispatch("event.list", {"after": before})
+    assert page["lost"] == 10 and page["events"][0]["number"] == before + 11
+    assert api.dispatch("event.list", {"after": 10**9}) == {"events": [], "next": before + EVENTS_KEPT + 10, "lost": 0}

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import islice
+from math import inf
 
 from .constants import PAIR_INTERVAL_S, PAIR_PROOF_S, PAIRINGS_PER_TURN, SPIS_SEEN, TAKE_OVER_S
 from .ike import Peers, peers_of
@@ -55,6 +56,7 @@ class _Line:
     """SPIs of one direction that follow one another: as far as can be seen, one tunnel."""
 
     uses: list[SpiUse] = field(default_factory=list)
+    undecided: list[SpiUse] = field(default_factory=list)  # those of them that may be another tunnel's
 
     @property
     def begin(self) -> float:
@@ -150,15 +152,16 @@ def _peers(session: Session) -> Peers:
 def _lines(uses: Iterable[SpiUse], now: float, relations: dict[SpiUse, tuple[Relation, SpiUse | None]]) -> list[_Line]:
     lines: list[_Line] = []
     for use in sorted(uses, key=lambda use: use.first_seen_at):
-        ended = [line for line in lines if line.end <= use.first_seen_at + TAKE_OVER_S]
+        ended = [line for line in lines if line.end < use.first_seen_at + TAKE_OVER_S]
         if not ended:
             relations[use] = (Relation.BESIDE, lines[-1].uses[-1]) if lines else (Relation.FIRST, None)
             lines.append(_Line([use]))
             continue
         line = max(ended, key=lambda line: line.end)
         before = line.uses[-1]
-        if now < use.first_seen_at + TAKE_OVER_S and now < before.last_seen_at + TAKE_OVER_S:
+        if now < before.last_seen_at + TAKE_OVER_S:
             relation = Relation.UNDECIDED
+            line.undecided.append(use)
         elif before.last_seen_at < use.first_seen_at - TAKE_OVER_S:
             relation = Relation.FOLLOWS
         else:
@@ -196,11 +199,20 @@ def _was_alone(a: _Line, b: _Line, everything: Iterable[_Line]) -> bool:
 
 
 def _pairs(a: _Line, b: _Line) -> dict[SpiUse, SpiUse]:
-    """Those of two lines that ran at the same time: each is the best match of the other."""
+    """Those of two lines that ran at the same time: each is the best match of the other, and nothing speaks against it.
+
+    One that may be another tunnel's has no partner yet, nor has one that was not alone for long before that began.
+    """
     best_of_a = {use: max(b.uses, key=lambda other: _overlap(use, other)) for use in a.uses}
     best_of_b = {use: max(a.uses, key=lambda other: _overlap(use, other)) for use in b.uses}
+    undecided = [*a.undecided, *b.undecided]
+    open_since = min((use.first_seen_at for use in undecided), default=inf)
     pairs = {}
     for use, other in best_of_a.items():
+        if use in undecided or other in undecided:
+            continue
+        if max(use.first_seen_at, other.first_seen_at) + PAIR_PROOF_S > open_since:
+            continue
         if best_of_b[other] is use and _overlap(use, other) >= -TAKE_OVER_S:
             pairs[use], pairs[other] = other, use
     return pairs
