@@ -136,7 +136,8 @@ def _ipsec_values(session: Mapping[str, Any]) -> Iterable[tuple[str, object]]:
     if ipsec["nat_t_ports"]:
         yield "NAT-T UDP ports (c2s)", " to ".join(map(str, ipsec["nat_t_ports"]))
     for name, spis in ipsec["spis_seen"].items():
-        yield f"SPIs seen on the wire ({name})", ", ".join(map(spi, spis)) or "none yet"
+        before = f", and {len(spis) - 1} before it" if len(spis) > 1 else ""
+        yield f"SPIs seen on the wire ({name})", f"{spi(spis[-1])}{before}" if spis else "none yet"
     yield "SPIs on the kernel's fast path", ipsec["spis_in_kernel"]
     if any(ipsec["fragments"].values()):
         yield "packets in fragments (c2s, s2c)", f"{ipsec['fragments']['c2s']}, {ipsec['fragments']['s2c']}"
@@ -348,14 +349,15 @@ def tunnel_detail(answer: Mapping[str, Any]) -> str:
     for tunnel in answer["tunnels"]:
         lines += [
             "",
-            f"Tunnel {tunnel['ike_sa']}/{tunnel['child_sa']} (reqid {tunnel['reqid']}, {tunnel['mode'].lower()} mode)",
+            f"Tunnel {tunnel['ike_sa']}/{tunnel['child_sa']} (reqid {tunnel['reqid']}, {tunnel['mode'].lower()} mode{', ESN' if any(pair['esn'] for pair in tunnel['generations']) else ''})",
             _fact("local", f"{tunnel['local']} ({tunnel['local_id']})"),
             _fact("remote", f"{tunnel['remote']} ({tunnel['remote_id']})"),
             _fact("session", f"{tunnel['session']} ({tunnel['state']}), {_times(tunnel['rekeys'], 'rekey')}"),
         ]
         if tunnel["nat_t_ports"]:
             lines.append(_fact("NAT-T", "UDP ports " + " to ".join(map(str, tunnel["nat_t_ports"]))))
-        lines += [_fact("packets", _against(pair)) for pair in tunnel["generations"] if pair["strongswan"]]
+        in_use = [pair for pair in tunnel["generations"] if not pair["removed"]]
+        lines += [_fact("packets", _against(pair)) for pair in in_use if pair["strongswan"]]
         lines += [_fact("trouble", finding["text"]) for finding in tunnel["findings"]] or [_fact("trouble", "none")]
         lines += generation_table(tunnel["generations"])
     return "\n".join(lines)
