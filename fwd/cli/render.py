@@ -349,7 +349,7 @@ def tunnel_detail(answer: Mapping[str, Any]) -> str:
     for tunnel in answer["tunnels"]:
         lines += [
             "",
-            f"Tunnel {tunnel['ike_sa']}/{tunnel['child_sa']} (reqid {tunnel['reqid']}, {tunnel['mode'].lower()} mode{', ESN' if any(pair['esn'] for pair in tunnel['generations']) else ''})",
+            f"Tunnel {tunnel['ike_sa']}/{tunnel['child_sa']} (reqid {tunnel['reqid']}, {tunnel['mode'].lower()} mode)",
             _fact("local", f"{tunnel['local']} ({tunnel['local_id']})"),
             _fact("remote", f"{tunnel['remote']} ({tunnel['remote_id']})"),
             _fact("session", f"{tunnel['session']} ({tunnel['state']}), {_times(tunnel['rekeys'], 'rekey')}"),

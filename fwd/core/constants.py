@@ -44,8 +44,17 @@ IKE_SAS_PER_PEERS: Final = 8
 TAKE_OVER_S: Final = 10.0
 PAIR_PROOF_S: Final = 10.0
 
-#: A tunnel is one-way when one side was silent for so long before the other's last packet, which is no older than that.
+#: A tunnel is one-way when only one side has sent for so long; a pause of that length begins anew.
 ONE_WAY_S: Final = 30.0
+
+#: A trouble that comes by packets, such as loss, is over when there was none for so long.
+RECENT_S: Final = 300.0
+
+#: After a new SPI came up, the counts of its session are read so often, and for so long: to tell when the old one fell
+#: silent. Of very many such sessions at once, the first so many.
+CLOSE_WATCH_INTERVAL_S: Final = 0.1
+CLOSE_WATCH_S: Final = 10.0
+CLOSE_WATCH_SESSIONS: Final = 64
 
 #: fwd's count of an SA and the IKE daemon's are read some milliseconds apart: a difference of so many packets, and of
 #: this share of all, means nothing.
@@ -57,8 +66,10 @@ WATCH_INTERVAL_S: Final = 1.0
 WATCH_SLICE: Final = 256
 
 #: Peers whose sessions of one SPI each are looked at in one go, to see whether they are one tunnel, and how often.
-PAIRINGS_PER_TURN: Final = 64
-PAIR_INTERVAL_S: Final = 1.0
+PAIRINGS_PER_TURN: Final = 16
+PAIR_INTERVAL_S: Final = 0.25
+#: SPIs side by side in one direction among which a pair is looked for; among more all are ambiguous.
+PAIR_LINES: Final = 8
 
 #: SPIs that are remembered after their SA is gone, to tell packets that still use them from those of strangers.
 FORMER_SPIS_KEPT: Final = 4096

@@ -102,7 +102,9 @@ class FastPath:
         """Whether the kernel is to be asked for counts."""
         return bool(self._reads)
 
-    def learn(self, key: ElementKey, use: SpiUse, verdict: Verdict, first: Reading, now: float) -> bool:
+    def learn(
+        self, key: ElementKey, use: SpiUse, verdict: Verdict, first: Reading, now: float, mtu: int = 0x1_0000
+    ) -> bool:
         """Repeat the decision on the SPI's session for packets with this key from now on. False: there is no room.
 
         `first` is what the daemon counted already under this key; the kernel goes on from there.
@@ -110,7 +112,7 @@ class FastPath:
         session = use.flow.session
         if len(self._elements) >= self.capacity or len(session.elements) >= ELEMENTS_PER_SESSION:
             return False
-        element = Element(key, use, verdict, *first, now, looked_at=now)
+        element = Element(key, use, verdict, *first, now, looked_at=now, mtu=mtu)
         self._take_in(element)
         self._looked_at.pop(key, None)
         if self.is_on and not session.rule.inspects_every_packet:

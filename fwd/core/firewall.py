@@ -22,6 +22,9 @@ from enum import IntEnum
 from .ager import Ager
 from .constants import (
     CLEAR_SLICE,
+    CLOSE_WATCH_INTERVAL_S,
+    CLOSE_WATCH_S,
+    CLOSE_WATCH_SESSIONS,
     ELEMENT_IDLE_S,
     LOOK_INTERVAL_S,
     LOOK_MAX_PACKETS,
@@ -46,11 +49,11 @@ from .events import (
 )
 from .fast_path import FastPath, Found, Outcome, Reading, Work
 from .gate import CLOSED, IkeGate
-from .health import Finding, Trouble, compare, findings
+from .health import Finding, Watch, ask_for_counts, compare, note_counts
 from .ike import IkeSa, IkeWatcher, of_tunnel
 from .interfaces import InterfaceEvent, InterfaceTable
 from .packet import Kind, Packet, PacketError, packet_of, parse, peek
-from .pairing import Unpaired, proven_pairs
+from .pairing import SpiSessions, proven_pairs
 from .policy import Action, Rule, Verdict
 from .sa import (
     ChildSa,
@@ -62,11 +65,11 @@ from .sa import (
     SaEvent,
     SaRekeyed,
     SaRemoved,
+    SaReplaced,
     SaSnapshot,
     SaSourceLost,
     SaUpdated,
     SpiKey,
-    TunnelKey,
 )
 from .session import (
     GENERIC_APPLICATION,
@@ -87,6 +90,7 @@ from .session import (
 from .settings import PassThrough, Settings, TransitPorts, UnknownSpi
 from .state import EndReason, State, Trigger
 from .table import Key, SessionTable, TableFull
+from .tunnels import Tunnels
 
 
 class Hook(IntEnum):
@@ -126,17 +130,21 @@ class Firewall:
         self.fast_path = FastPath(2 * settings.max_sessions, self._credit)
         self._element = self.fast_path.lookup
         self.started_at = now
-        self._tunnels: dict[TunnelKey, Session] = {}
+        self._tunnels = Tunnels()
         self._lingering: deque[tuple[float, Session, ChildSa]] = deque()
         self._zone_of_index: dict[int, str] = {}
         #: IKE as it was seen between any two peers, and the gate that it opens for their ESP in transit.
         self.ike = IkeWatcher()
         self.gate = IkeGate()
-        self.unpaired = Unpaired()
+        self.spi_sessions = SpiSessions()
+        #: Sessions of this host that no tunnel claimed in time.
+        self._unclaimed: dict[Session, None] = {}
+        self._health = Watch(self.directory, now)
         self._to_watch: deque[Session] = deque()
         self._next_watch_at = 0.0
-        self._troubles: dict[int, dict[Trouble, Finding]] = {}
-        self._is_to_compare = False
+        #: Sessions that are looked at closely because a new SPI came up, and until when.
+        self._close_watch: dict[Session, float] = {}
+        self._next_close_watch_at = 0.0
         self._events: deque[Event] = deque()
         self._to_clear: deque[Session] = deque()
         self._asked: list[Session] = []
@@ -159,6 +167,8 @@ class Firewall:
                     use.next_seq += 1
                 else:
                     use.look(plain[2])
+                if plain[1] > element.mtu:  # the kernel put it together again
+                    self._note_fragment(use.flow)
                 return element.verdict
         self.counters.add("pkt_recv")
         try:
@@ -168,7 +178,7 @@ class Firewall:
         # A packet to or from this host has one interface only; the session shows it on both sides.
         ingress, egress = indev or outdev, outdev or indev
         key = self._key(packet, hook, ingress, egress)
-        flow = self.table.lookup(key)
+        flow = self.table.lookup(key) or self._flow_of_fragment(packet, hook)
         if flow is None:
             try:
                 flow = self._set_up(packet, key, hook, ingress, egress, now)
@@ -180,17 +190,19 @@ class Firewall:
         if session.state is State.OPENING:
             zone = self._zone(ingress)
             self._promote(session, self.interfaces.name_of(ingress), zone, now)
+        elif session.type is SessionType.PRED:  # its tunnel went down before its first packet came
+            session.type = SessionType.FLOW
         if packet.kind is Kind.IKE and session.state is State.ACTIVE:
             self._note_ike(packet, session, now)
         counted = self._account(flow, packet, now)
-        if packet.is_fragment or packet.length > self.interfaces.mtu_of(ingress):
-            flow.fragment_count += 1
-            self.counters.add("pkt_fragment")
+        mtu = self.interfaces.mtu_of(ingress)
+        if packet.is_fragment or packet.length > mtu:
+            self._note_fragment(flow)
         verdict = Verdict.DROP if session.state is State.DISCARD else Verdict.ACCEPT
         if counted is not None and session.is_decided:
             like_it = (indev, outdev, packet.outer)
             first = (1, packet.length)
-            if self._element(like_it) is None and not self.fast_path.learn(like_it, counted, verdict, first, now):
+            if self._element(like_it) is None and not self.fast_path.learn(like_it, counted, verdict, first, now, mtu):
                 self.counters.add("fast_path_full")
         return verdict
 
@@ -208,20 +220,18 @@ class Firewall:
         for change in self.directory.apply(event, now):
             match change:
                 case SaAdded(sa):
-                    self._add_sa(sa, now)
+                    self._add_sa(sa, now, is_news=True)
+                case SaReplaced(_, sa):
+                    if session := self._tunnels.get(sa.tunnel):
+                        session.rekeys += 1
+                        self._events.append(SessionRekeyed(session, sa))
                 case SaUpdated(old, new):
                     self._update_sa(old, new, now)
                 case SaRemoved(sa, end):
                     self._remove_sa(sa, end, now)
         if isinstance(event, SaSnapshot):
             self._predict_missing(now)
-            self.fast_path.read_sessions(self._tunnels.values())
-            self._is_to_compare = True
-            if not self.fast_path.is_asking:
-                self._compare(now)
-        elif isinstance(event, SaRekeyed) and (session := self._tunnels.get(event.new.tunnel)):
-            session.rekeys += 1
-            self._events.append(SessionRekeyed(session, event.new))
+            self._note_told_counts(now)
 
     def apply_interface(self, event: InterfaceEvent) -> None:
         """Learn of interfaces and addresses of this host."""
@@ -263,9 +273,11 @@ class Firewall:
             deadlines.append(sweep)
         if (gate := self.gate.next_deadline()) is not None:
             deadlines.append(gate)
-        if self._tunnels:
+        if self._tunnels or self._unclaimed:
             deadlines.append(self._next_watch_at)
-        if (pairing := self.unpaired.next_deadline()) is not None:
+        if self._close_watch:
+            deadlines.append(self._next_close_watch_at)
+        if (pairing := self.spi_sessions.next_deadline()) is not None:
             deadlines.append(pairing)
         if self._to_clear:
             deadlines.append(0.0)
@@ -293,6 +305,8 @@ class Firewall:
         self._pair_up(now)
         if now >= self._next_watch_at:
             self._watch(now)
+        if now >= self._next_close_watch_at:
+            self._watch_closely(now)
         idle_since = now - ELEMENT_IDLE_S
         self.fast_path.withdraw(element for element in self.fast_path.sweep(now) if element.seen_at < idle_since)
         self.table.forget_ended(now - self.settings.keep_ended_s)
@@ -335,8 +349,6 @@ class Firewall:
                 elif element.seen_at < idle_since and element.place is Place.KERNEL:
                     self.fast_path.withdraw((element,))
         self.fast_path.look_at(e for e in to_look_at[:LOOKS_PER_TURN] if e.place is Place.KERNEL)
-        if self._is_to_compare and not self.fast_path.is_asking:
-            self._compare(now)
         asked, self._asked = self._asked, []
         for session in asked:
             if self.table.live(session.id) is not session:
@@ -406,10 +418,9 @@ class Firewall:
                     packet = Packet(kind, a, b, 0, None, None, *(ports if port else (0, 0)))
                     if flow := self.table.lookup(flow_key(packet, *zones)):
                         ids.append(flow.session.id)
-        ids += [other.id for other in self.unpaired.between(a, b)]
+        ids += [other.id for other in self.spi_sessions.between(a, b)]
         if session.application is Application.IKE:
-            tunnels = (self.tunnel_of(sa.sa) for sa in self.directory if {sa.sa.local, sa.sa.remote} == {a, b})
-            ids += [tunnel.id for tunnel in tunnels if tunnel]
+            ids += [tunnel.id for tunnel in self._tunnels.between(a, b)]
         found = (self.table.live(number) for number in dict.fromkeys(ids))
         return [other for other in found if other is not None and other is not session]
 
@@ -423,8 +434,14 @@ class Firewall:
         return list(seen)
 
     def findings(self, session: Session, now: float) -> list[Finding]:
-        """What is wrong with a tunnel that ends here."""
-        return list(findings(session, self.directory, self.settings.tunnel_silent_s, now))
+        """What is wrong with a session of this host, or of the strangers between the same addresses, now."""
+        sessions = [session]
+        if session.generations:
+            ends = {session.client.address, session.server.address}
+            sessions += [s for s in self._unclaimed if {s.client.address, s.server.address} == ends]
+        for watched in sessions:
+            self._look_at(watched, now)
+        return [finding for watched in sessions for finding in self._health.found(watched)]
 
     def tunnel_of(self, sa: ChildSa) -> Session | None:
         """The live session of the tunnel that this SA belongs to."""
@@ -486,28 +503,32 @@ class Firewall:
             self._hold_against_control(use, 1, now)
         if known is None:
             flow.session.ports_of_sa()
+            self._begin_close_watch(flow.session, now)
         return use
 
     def _hold_against_control(self, use: SpiUse, packets: int, decided_at: float) -> None:
-        """Count packets of this host that its IKE daemon has no SA for, and those that came when it had none any more.
+        """Count packets of this host that its IKE daemon has no SA for, or has deleted the SA of for good.
 
-        What came before an SA went was decided before.
+        Late ones are no news, nor are those that were decided before. What a provisional session counted is told when
+        it is clear that nobody claims it.
         """
         session = use.flow.session
         generation = session.generation_of(use.spi)
-        if generation is None:
-            to = session.s2c if use.flow is session.c2s else session.c2s
-            former = self.directory.former((to.address, session.application is Application.IPSEC_ESP_UDP, use.spi))
-            if former is None:
-                self.counters.add("pkt_unknown_spi", packets)
-                return
-            tunnel = self._tunnels.get(former.sa.tunnel)
-            generation = tunnel.generation_of(use.spi) if tunnel else None
-        elif generation.removed_at is None or decided_at <= generation.removed_at:
-            return
-        self.counters.add("pkt_deleted_sa", packets)
-        if generation is not None:
+        if generation is None and not session.is_provisional:
+            self._count_strangers(use, packets)
+        elif generation and generation.removed_at is not None and decided_at > generation.removed_at + SA_LINGER_S:
+            self.counters.add("pkt_deleted_sa", packets)
             generation.after_end_count += packets
+
+    def _count_strangers(self, use: SpiUse, packets: int) -> None:
+        session = use.flow.session
+        to = session.s2c if use.flow is session.c2s else session.c2s
+        former = self.directory.former((to.address, session.application is Application.IPSEC_ESP_UDP, use.spi))
+        self.counters.add("pkt_deleted_sa" if former else "pkt_unknown_spi", packets)
+
+    def _note_fragment(self, flow: Flow) -> None:
+        flow.fragment_count += 1
+        self.counters.add("pkt_fragment")
 
     def _drop(self, counter: str) -> Verdict:
         self.counters.add(counter)
@@ -527,6 +548,16 @@ class Firewall:
             zones = (None, None)
         return flow_key(packet, *zones)
 
+    def _flow_of_fragment(self, packet: Packet, hook: int) -> Flow | None:
+        """A later fragment of ESP to or from this host names no SPI: it is its tunnel's, if only one can be meant."""
+        if hook == Hook.FORWARD or packet.kind is not Kind.ESP or packet.spi is not None:
+            return None
+        tunnels = self._tunnels.between(packet.src, packet.dst)
+        if len(tunnels) != 1:
+            return None
+        (session,) = tunnels
+        return session.outbound if packet.src == session.outbound.address else session.inbound
+
     def _set_up(
         self, packet: Packet, key: Key, hook: int, ingress: int, egress: int, now: float, was: Found | None = None
     ) -> Flow:
@@ -540,6 +571,9 @@ class Firewall:
                     return known
         application = GENERIC_APPLICATION[packet.kind]
         is_provisional = not isinstance(key, FlowKey)
+        # What may be a tunnel's of this host, although it cannot be told yet or ever, is judged as such.
+        is_fragment = packet.kind is Kind.ESP and packet.spi is None and hook != Hook.FORWARD
+        is_maybe_tunnel = is_provisional or (is_fragment and bool(self._tunnels.between(packet.src, packet.dst)))
         is_c2s = was is None or was.is_c2s
         sport, dport = ports_of(packet, key)
         sides = [
@@ -552,8 +586,7 @@ class Firewall:
             application,
             client,
             server,
-            # Until its tunnel is known, a provisional session is judged as the tunnel that it may turn out to be.
-            self._rule(client, server, Application.IPSEC_UDP if is_provisional else application),
+            self._rule(client, server, Application.IPSEC_UDP if is_maybe_tunnel else application),
             hook != Hook.FORWARD,
             client_interface,
             server_interface,
@@ -569,7 +602,7 @@ class Firewall:
             if self.settings.pass_through is PassThrough.IKE_GATED:
                 self._ask_gate(session, was, now)
             if isinstance(key, FlowKey) and key.low_port and packet.kind is Kind.ESP:
-                self.unpaired.join(session)
+                self.spi_sessions.join(session)
         self._decide(session, now)
         if is_provisional and session.state is State.ACTIVE:
             session.refresh_s = 0
@@ -603,15 +636,15 @@ class Firewall:
 
     def _pair_up(self, now: float) -> None:
         """Sessions of one SPI each become one session when it is proven that they are one tunnel."""
-        for waiting in self.unpaired.due(now):
+        for waiting in self.spi_sessions.due(now):
             self.fast_path.read_sessions(waiting)
             for first, second in proven_pairs(waiting, now):
                 keys = second.keys
                 first.client.port = second.c2s.uses[-1].spi  # each side's port is the SPI that it receives on
                 self._absorb(second, first, turned=True)
                 self.table.index(first, [(key, first.s2c) for key in keys])
-                self.unpaired.leave(first)
-                self.unpaired.leave(second)
+                self.spi_sessions.pair(first)
+                self.spi_sessions.leave(second)
 
     def _take_in(self, session: Session, entries: Mapping[Key, Flow]) -> None:
         self.table.add(session, entries.items())
@@ -644,9 +677,12 @@ class Firewall:
     def _grace_over(self, session: Session, now: float) -> None:
         """No IKE daemon claimed the SPI of a provisional session in time: do as configured."""
         session.is_provisional = False
+        for use in (*session.c2s.uses, *session.s2c.uses):
+            self._count_strangers(use, use.packet_count)
         session.rule = self._rule(session.client, session.server, session.application)
         if self.settings.unknown_spi is UnknownSpi.DISCARD or session.rule.action is Action.DENY:
             self.counters.add("flow_policy_deny")
+            self._unclaimed[session] = None
             self._discard(session, now)
             return
         flows = self._flows_of(session)
@@ -654,11 +690,13 @@ class Firewall:
         taken = self.table.lookup(pair)
         if taken is None:
             self.table.index(session, [(pair, session.c2s)])
+            self._unclaimed[session] = None
             self._keep_alive(session, now)
             return
         generic = taken.session
         turned = generic.client.address != session.client.address
         self._absorb(session, generic, turned)
+        self._unclaimed[generic] = None
         own = {key: generic.flow((flow is session.c2s) != turned) for key, flow in flows.items()}
         self.table.index(generic, own.items())
         spi_keys = [key for key in generic.keys if not isinstance(key, FlowKey)]
@@ -687,24 +725,32 @@ class Firewall:
         if known is not None:
             return known.session.flow_of(packet) if isinstance(key, FlowKey) else known
         session = self.table.live(found.session_id)
-        if session is None or isinstance(key, FlowKey) or not session.is_provisional:
+        is_spi_session = isinstance(key, FlowKey) and session in self.spi_sessions
+        if session is None or not (session.is_provisional or is_spi_session):
             return self._set_up(packet, key, hook, ingress, egress, now, found)
         flow = session.flow(found.is_c2s)
+        if is_spi_session and packet.spi is not None:  # a pair that was proven: each side's port is what it receives on
+            (session.server if found.is_c2s else session.client).port = packet.spi
+            self.spi_sessions.pair(session)
         self.table.index(session, [(key, flow)])
         return flow
 
     # --- sessions that the IKE daemon announces -------------------------------------------------------
 
-    def _add_sa(self, sa: ChildSa, now: float) -> None:
+    def _add_sa(self, sa: ChildSa, now: float, *, is_news: bool = False) -> None:
         """Give a CHILD_SA its place: in the session of its tunnel, or in a new one."""
+        known = self.directory.known(sa)
+        assert known is not None
+        is_whole = is_news and known.installed_at >= self.started_at and now - known.installed_at <= SA_LINGER_S
+        generation = Generation(sa, known.installed_at, is_whole)
         session = self._tunnels.get(sa.tunnel)
         is_new = session is None
         if session is None:
-            session = self._predict(sa, now)
+            session = self._predict(generation, now)
         elif session.generation(sa) is None:
             if (before := session.sa) is not None:
                 self._relocate(session, before, sa)
-            session.add_generation(sa, now - sa.age_s)
+            session.add_generation(generation)
         self._claim(session, sa, is_new, now)
 
     def _update_sa(self, old: ChildSa, new: ChildSa, now: float) -> None:
@@ -728,7 +774,7 @@ class Firewall:
         """The tunnel runs between other addresses now: its session goes along, and meets the rules anew."""
         if (old.local, old.remote) == (new.local, new.remote):
             return
-        session.outbound.address, session.inbound.address = new.local, new.remote
+        self._tunnels.move(session, new.local, new.remote)
         name, zone = self._interface_of(new.local)
         session.ingress = session.egress = name
         session.client.zone = session.server.zone = zone
@@ -762,7 +808,7 @@ class Firewall:
             else:
                 session.id = self.table.allocate_id()
             self._take_in(session, flows)
-            self._tunnels[sa.tunnel] = session
+            self._tunnels.add(sa.tunnel, session)
             self.counters.add("session_predicted")
             self.ager.arm(session, session.timeout_s, now)
         else:
@@ -773,20 +819,23 @@ class Firewall:
             session.last_seen_at = max(other.last_seen_at for other in provisional)
             self._promote(session, provisional[0].ingress, provisional[0].client.zone, now)
         elif session.state is State.CLOSING:  # authenticated anew, or restarted: the tunnel is back
-            session.move(Trigger.TUNNEL_UP)
+            is_waiting = session.type is SessionType.PRED
+            session.move(Trigger.TUNNEL_ANNOUNCED if is_waiting else Trigger.TUNNEL_UP)
             session.end_reason = EndReason.UNKNOWN
-            self._keep_alive(session, now)
+            session.refresh_s = 0 if is_waiting else session.timeout_s
+            self.ager.arm(session, session.timeout_s, now)
         if session.state is State.ACTIVE and session.rule.action is Action.DENY:  # where it is now, it may not be
             self.counters.add("flow_policy_deny")
             self._discard(session, now)
         session.ports_of_sa()
 
-    def _predict(self, sa: ChildSa, now: float) -> Session:
+    def _predict(self, generation: Generation, now: float) -> Session:
         """The session of a tunnel that has just come up, not in the table yet.
 
         The client is the IKE initiator. Both sides lie in the zone of the interface that has the local address,
         as on PAN-OS, where traffic to the firewall itself stays within a zone.
         """
+        sa = generation.sa
         name, zone = self._interface_of(sa.local)
         here, there = Flow(sa.local, zone, sa.spi_in), Flow(sa.remote, zone, sa.spi_out)
         client, server = (here, there) if sa.is_initiator else (there, here)
@@ -803,7 +852,7 @@ class Firewall:
             self.settings.timeouts_s[application],
             now,
             type=SessionType.PRED,
-            generations=(Generation(sa, now - sa.age_s),),
+            generations=(generation,),
             is_client_here=sa.is_initiator,
         )
 
@@ -844,60 +893,66 @@ class Firewall:
             return  # one that never got a session
         generation.removed_at, generation.end = now, end
         self.fast_path.withdraw(e for e in session.elements if e.spi_key in (sa.key_in, sa.key_out))
+        self._lingering.append((now + SA_LINGER_S, session, sa))
         if session.sas:
             session.ports_of_sa()
-            self._lingering.append((now + SA_LINGER_S, session, sa))
-        elif session.state is State.OPENING:
-            self._end(session, EndReason.TUNNEL_DOWN, now)
-        elif session.state is State.ACTIVE:
+        elif session.state in (State.OPENING, State.ACTIVE):
             session.move(Trigger.TUNNEL_DOWN)
             session.end_reason = EndReason.TUNNEL_DOWN
             session.refresh_s = 0
             self.ager.arm(session, SA_LINGER_S, now)
         else:
-            del self._tunnels[sa.tunnel]
+            self._tunnels.remove(sa.tunnel)
 
     def _predict_missing(self, now: float) -> None:
         """Give those SAs a session that could not get one when they came up."""
         for known in list(self.directory):
-            if known.sa.tunnel not in self._tunnels:
+            if self._tunnels.get(known.sa.tunnel) is None:
                 self._add_sa(known.sa, now)
 
     # --- control against data -----------------------------------------------------------------------
 
-    def _compare(self, now: float) -> None:
-        """Hold the packet counts that the last snapshot brought against ours."""
-        self._is_to_compare = False
+    def _note_told_counts(self, now: float) -> None:
+        """The last snapshot brought the IKE daemon's packet counts: `_watch` holds them against ours."""
         for known in self.directory:
             session = self._tunnels.get(known.sa.tunnel)
             generation = session.generation(known.sa) if session else None
             if session is not None and generation is not None:
                 generation.sa = known.sa  # with its newest counts
-                compare(session, generation, now, is_older=generation.installed_at < self.started_at)
+                note_counts(session, generation, now)
 
     def _watch(self, now: float) -> None:
-        """Look at the next tunnels, and tell of troubles that come and go."""
+        """Look at the next sessions of this host, and tell of troubles that come and go."""
         self._next_watch_at = now + WATCH_INTERVAL_S
         if not self._to_watch:
-            self._to_watch.extend(self._tunnels.values())
-            self._troubles = {key: known for key, known in self._troubles.items() if self.table.live(key) is not None}
+            self._to_watch.extend((*self._tunnels, *self._unclaimed))
         for _ in range(min(WATCH_SLICE, len(self._to_watch))):
             session = self._to_watch.popleft()
-            if self.table.live(session.id) is not session:
-                continue
-            known = self._troubles.get(session.id, {})
-            found = {finding.trouble: finding for finding in self.findings(session, now)}
-            for trouble, finding in found.items():
-                if trouble not in known:
-                    self.counters.add(trouble.counter)
-                    self._events.append(TunnelTrouble(session, finding))
-            for trouble, finding in known.items():
-                if trouble not in found:
-                    self._events.append(TunnelTrouble(session, finding, is_over=True))
-            if found:
-                self._troubles[session.id] = found
-            else:
-                self._troubles.pop(session.id, None)
+            if self.table.live(session.id) is session:
+                self._look_at(session, now)
+                compare(session)
+                if ask_for_counts(session):
+                    self.fast_path.read(session)
+
+    def _look_at(self, session: Session, now: float) -> None:
+        begun, over = self._health.look(session, self.settings.tunnel_silent_s, now)
+        for finding in begun:
+            self.counters.add(finding.trouble.counter)
+            self._events.append(TunnelTrouble(session, finding))
+        self._events.extend(TunnelTrouble(session, finding, is_over=True) for finding in over)
+
+    def _begin_close_watch(self, session: Session, now: float) -> None:
+        """A new SPI has come up in a session: for a while it matters when the others were last seen."""
+        if len(session.c2s.uses) + len(session.s2c.uses) > 2 and len(self._close_watch) < CLOSE_WATCH_SESSIONS:
+            self.fast_path.read(session)
+            self._close_watch[session] = now + CLOSE_WATCH_S
+
+    def _watch_closely(self, now: float) -> None:
+        self._next_close_watch_at = now + CLOSE_WATCH_INTERVAL_S
+        self._close_watch = {
+            s: until for s, until in self._close_watch.items() if until > now and s.state is State.ACTIVE
+        }
+        self.fast_path.read_sessions(self._close_watch)
 
     # --- the end --------------------------------------------------------------------------------------
 
@@ -929,13 +984,15 @@ class Firewall:
         self.fast_path.withdraw(session.elements)
         self.table.end(session, now)
         self.gate.leave(session)
-        self.unpaired.leave(session)
+        self.spi_sessions.leave(session)
+        self._unclaimed.pop(session, None)
+        self._health.forget(session)
         self.counters.add("session_ended")
         if session.end_reason in _END_COUNTERS:
             self.counters.add(_END_COUNTERS[session.end_reason])
         self._events.append(SessionEnded(session))
         if session.sa and self._tunnels.get(session.sa.tunnel) is session:
-            del self._tunnels[session.sa.tunnel]
+            self._tunnels.remove(session.sa.tunnel)
             for sa in session.sas:  # the tunnel is still up: it waits for its next packet
                 self._add_sa(sa, now)
 

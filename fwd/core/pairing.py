@@ -17,7 +17,7 @@ from enum import StrEnum
 from itertools import islice
 from math import inf
 
-from .constants import PAIR_INTERVAL_S, PAIR_PROOF_S, PAIRINGS_PER_TURN, SPIS_SEEN, TAKE_OVER_S
+from .constants import PAIR_INTERVAL_S, PAIR_LINES, PAIR_PROOF_S, PAIRINGS_PER_TURN, SPIS_SEEN, TAKE_OVER_S
 from .ike import Peers, peers_of
 from .session import Session, SpiUse
 from .state import State
@@ -86,32 +86,39 @@ def observe(one_way: Sequence[SpiUse], other_way: Sequence[SpiUse], now: float) 
     return found
 
 
-class Unpaired:
-    """The sessions of one SPI each whose partner in the other direction is not proven yet, by their peers."""
+class SpiSessions:
+    """The sessions in transit that show an SPI each, by their peers. They wait until their partner is proven."""
 
     def __init__(self) -> None:
-        self._waiting: dict[Peers, dict[Session, None]] = {}  # in order: there may be very many
+        self._between: dict[Peers, dict[Session, None]] = {}  # in order: there may be very many
+        self._waiting: dict[Peers, dict[Session, None]] = {}
         self._next_at = 0.0
 
-    def __len__(self) -> int:
+    def __contains__(self, session: Session | None) -> bool:
+        return session is not None and session in self._between.get(_peers(session), ())
+
+    @property
+    def waiting_count(self) -> int:
+        """How many have no partner."""
         return sum(map(len, self._waiting.values()))
 
     def join(self, session: Session) -> None:
         """This one has no partner yet."""
-        self._waiting.setdefault(_peers(session), {})[session] = None
+        for index in (self._between, self._waiting):
+            index.setdefault(_peers(session), {})[session] = None
+
+    def pair(self, session: Session) -> None:
+        """It has one."""
+        _discard(self._waiting, session)
 
     def leave(self, session: Session) -> None:
-        """It has one, or has ended."""
-        peers = _peers(session)
-        waiting = self._waiting.get(peers, {})
-        if session in waiting:
-            del waiting[session]
-            if not waiting:
-                del self._waiting[peers]
+        """It has ended, or is part of another one."""
+        _discard(self._waiting, session)
+        _discard(self._between, session)
 
     def between(self, a: bytes, b: bytes) -> Iterator[Session]:
         """Those between two addresses; of very many only the first."""
-        yield from islice(self._waiting.get(peers_of(a, b), ()), SPIS_SEEN)
+        yield from islice(self._between.get(peers_of(a, b), ()), SPIS_SEEN)
 
     def next_deadline(self) -> float | None:
         """When `due` wants to be asked, in monotonic seconds; None if nobody waits."""
@@ -145,6 +152,15 @@ def proven_pairs(waiting: Iterable[Session], now: float) -> Iterator[tuple[Sessi
             yield first, second
 
 
+def _discard(index: dict[Peers, dict[Session, None]], session: Session) -> None:
+    peers = _peers(session)
+    sessions = index.get(peers, {})
+    if session in sessions:
+        del sessions[session]
+        if not sessions:
+            del index[peers]
+
+
 def _peers(session: Session) -> Peers:
     return peers_of(session.client.address, session.server.address)
 
@@ -175,7 +191,7 @@ def _partners(one_way: Sequence[_Line], other_way: Sequence[_Line]) -> Mapping[S
     """The SPIs of lines that are one tunnel: the only ones, or the only ones for a while, or those that are left."""
     mine, theirs = list(one_way), list(other_way)
     partners: dict[SpiUse, SpiUse] = {}
-    while mine and theirs:
+    while mine and theirs and len(mine) <= PAIR_LINES and len(theirs) <= PAIR_LINES:
         if len(mine) == len(theirs) == 1:
             pair = (mine[0], theirs[0])
         else:
@@ -201,8 +217,11 @@ def _was_alone(a: _Line, b: _Line, everything: Iterable[_Line]) -> bool:
 def _pairs(a: _Line, b: _Line) -> dict[SpiUse, SpiUse]:
     """Those of two lines that ran at the same time: each is the best match of the other, and nothing speaks against it.
 
-    One that may be another tunnel's has no partner yet, nor has one that was not alone for long before that began.
+    Lines have to run for PAIR_PROOF_S side by side. One that may be another tunnel's has no partner yet, nor has one
+    that was not alone for long before that began.
     """
+    if min(a.end, b.end) < max(a.begin, b.begin) + PAIR_PROOF_S:
+        return {}
     best_of_a = {use: max(b.uses, key=lambda other: _overlap(use, other)) for use in a.uses}
     best_of_b = {use: max(a.uses, key=lambda other: _overlap(use, other)) for use in b.uses}
     undecided = [*a.undecided, *b.undecided]

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, TypeAlias
 
-from .constants import FORMER_SPIS_KEPT, MISCOUNT_SHARE, MISCOUNT_SLACK
+from .constants import FORMER_SPIS_KEPT
 
 #: (destination address in network order, ESP in UDP?, SPI): RFC 4301 section 4.1 identifies an inbound SA so.
 SpiKey: TypeAlias = tuple[bytes, bool, int]
 
-#: (name of the IKE connection, local identity, remote identity, reqid): what stays the same when a CHILD_SA or its
-#: IKE_SA is rekeyed or authenticated anew, and when a peer's address changes (MOBIKE).
-TunnelKey: TypeAlias = tuple[str, str, str, int]
+#: (IKE connection, local identity, remote identity, name of the CHILD_SA, reqid): what stays the same when a CHILD_SA
+#: or its IKE_SA is rekeyed or authenticated anew, and when a peer's address changes (MOBIKE).
+TunnelKey: TypeAlias = tuple[str, str, str, str, int]
 
 #: (local address, remote address, SPI in, SPI out): what tells an SA pair from every other one.
 SaKey: TypeAlias = tuple[bytes, bytes, int, int]
@@ -64,7 +64,7 @@ class ChildSa:
     @property
     def tunnel(self) -> TunnelKey:
         """The tunnel that this SA pair is one generation of."""
-        return (self.ike_name, self.local_id, self.remote_id, self.reqid)
+        return (self.ike_name, self.local_id, self.remote_id, self.child_name, self.reqid)
 
     @property
     def key_in(self) -> SpiKey:
@@ -75,34 +75,6 @@ class ChildSa:
     def key_out(self) -> SpiKey:
         """How a sent packet of this SA is found."""
         return (self.remote, self.encap, self.spi_out)
-
-
-@dataclass(slots=True)
-class Comparison:
-    """The IKE daemon's packet counts of one SA pair beside fwd's, at one moment; in and out, monotonic seconds.
-
-    `base` is what the IKE daemon had counted before fwd could. `drift` is fwd's count less the IKE daemon's;
-    `was_off` says whether that was too much at the comparison before, as well.
-    """
-
-    at: float
-    theirs: tuple[int, int]
-    ours: tuple[int, int]
-    base: tuple[int, int]
-    was_off: bool = False
-
-    @property
-    def drift(self) -> tuple[int, int]:
-        """fwd's count less the IKE daemon's, in and out."""
-        return (self.ours[0] + self.base[0] - self.theirs[0], self.ours[1] + self.base[1] - self.theirs[1])
-
-    @property
-    def is_off(self) -> bool:
-        """Whether that is more than packets under way explain."""
-        return any(
-            abs(drift) > MISCOUNT_SLACK + MISCOUNT_SHARE * count
-            for drift, count in zip(self.drift, self.ours, strict=True)
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +132,17 @@ class SaAdded:
 
 
 @dataclass(frozen=True, slots=True)
+class SaReplaced:
+    """A CHILD_SA takes over from another one, as the first to do so.
+
+    When both sides rekey at once, two take over from one; charon soon deletes one of them (RFC 7296 section 2.8.1).
+    """
+
+    old: ChildSa
+    new: ChildSa
+
+
+@dataclass(frozen=True, slots=True)
 class SaUpdated:
     """A CHILD_SA that lives on with other addresses (MOBIKE), below another IKE_SA, or the like."""
 
@@ -175,19 +158,20 @@ class SaRemoved:
     end: SaEnd
 
 
-SaChange: TypeAlias = SaAdded | SaUpdated | SaRemoved
+SaChange: TypeAlias = SaAdded | SaUpdated | SaReplaced | SaRemoved
 
 
 @dataclass(slots=True)
 class KnownSa:
     """A CHILD_SA, when it was installed, and when the IKE daemon last spoke of it (monotonic seconds).
 
-    `is_rekeyed`: another one has taken over from it.
+    `replaces` is the one that it took over from, `is_rekeyed` says that another one has taken over from it.
     """
 
     sa: ChildSa
     installed_at: float
     confirmed_at: float
+    replaces: KnownSa | None = None
     is_rekeyed: bool = False
 
 
@@ -206,7 +190,6 @@ class SaDirectory:
         self._known: dict[SaKey, KnownSa] = {}
         self._by_spi: dict[SpiKey, ChildSa] = {}
         self._former: dict[SpiKey, FormerSa] = {}
-        self._predecessor: dict[SaKey, SaKey] = {}
         #: Why the IKE daemon does not answer; empty while it does.
         self.lost_reason = "not asked yet"
         #: When it last said anything, in monotonic seconds; None if it never did.
@@ -241,13 +224,10 @@ class SaDirectory:
             case SaEstablished(sa):
                 return self._assign(sa, now)
             case SaRekeyed(old, new):  # the old SA carries packets until it is deleted
-                if replaced := self._find(old):
-                    self._predecessor[new.key] = replaced.sa.key
-                    replaced.is_rekeyed = True
-                return self._assign(new, now)
+                return self._assign(new, now, self._find(old))
             case SaDeleted(sa):
                 found = self._find(sa)
-                return self._remove(found.sa.key, SaEnd.DELETED, now) if found else []
+                return self._remove(found, SaEnd.DELETED, now) if found else []
             case SaSnapshot(sas):
                 self.lost_reason = ""
                 return self._replace_all(sas, now)
@@ -255,54 +235,73 @@ class SaDirectory:
                 self.lost_reason = reason
                 return []
 
+    def known(self, sa: ChildSa) -> KnownSa | None:
+        """What is known of an SA; None if it is gone."""
+        return self._known.get(sa.key)
+
     def _find(self, sa: ChildSa) -> KnownSa | None:
         """The same SA pair, maybe under the addresses that its peers had before (MOBIKE)."""
-        moved = (known for known in self._known.values() if _is_same_pair(known.sa, sa))
+        moved = (known for known in self._known.values() if _pair(known.sa) == _pair(sa))
         return self._known.get(sa.key) or next(moved, None)
 
     def _replace_all(self, sas: Iterable[ChildSa], now: float) -> list[SaChange]:
         there = {sa.key: sa for sa in sas}
-        gone = {key: self._known[key] for key in self._known.keys() - there.keys()}
+        gone = {_pair(known.sa): known for key, known in self._known.items() if key not in there}
+        # A rekey whose event was missed shows as one more SA of a tunnel.
+        missed = {known.sa.tunnel: known for known in self._known.values() if not known.is_rekeyed}
         changes: list[SaChange] = []
         for sa in there.values():
-            moved = None if sa.key in self._known else next((k for k in gone.values() if _is_same_pair(k.sa, sa)), None)
-            if moved is not None:
-                del gone[moved.sa.key], self._known[moved.sa.key]
-            changes += self._assign(sa, now, moved)
-        return changes + [change for key in gone for change in self._remove(key, SaEnd.VANISHED, now)]
+            if sa.key in self._known:
+                changes += self._assign(sa, now)
+            elif moved := gone.pop(_pair(sa), None):
+                del self._known[moved.sa.key]
+                changes += self._update(moved, sa, now)
+            else:
+                changes += self._assign(sa, now, missed.pop(sa.tunnel, None))
+        return changes + [change for known in gone.values() for change in self._remove(known, SaEnd.VANISHED, now)]
 
-    def _assign(self, sa: ChildSa, now: float, moved: KnownSa | None = None) -> list[SaChange]:
-        """`moved` is what the same SA was under other addresses."""
-        known = moved or self._known.get(sa.key)
-        if known is not None and known.sa == sa:
-            known.sa, known.confirmed_at = sa, now  # with newer counts
-            return []
-        if known is None:
-            self._known[sa.key] = KnownSa(sa, now - sa.age_s, now)
-            change: SaChange = SaAdded(sa)
+    def _assign(self, sa: ChildSa, now: float, replaces: KnownSa | None = None) -> list[SaChange]:
+        known = self._known.get(sa.key)
+        changes: list[SaChange] = []
+        if known is not None:
+            changes += self._update(known, sa, now)
         else:
-            change = SaUpdated(known.sa, sa)
-            self._forget_spis(known.sa)
-            known.sa, known.confirmed_at = sa, now
-            self._known[sa.key] = known
-        self._by_spi[sa.key_in] = self._by_spi[sa.key_out] = sa
-        return [change]
+            known = self._known[sa.key] = KnownSa(sa, now - sa.age_s, now)
+            self._by_spi[sa.key_in] = self._by_spi[sa.key_out] = sa
+            changes.append(SaAdded(sa))
+        if replaces is not None:
+            known.replaces = replaces
+            if not replaces.is_rekeyed:
+                replaces.is_rekeyed = True
+                changes.append(SaReplaced(replaces.sa, sa))
+        return changes
 
-    def _remove(self, key: SaKey, end: SaEnd, now: float) -> list[SaChange]:
-        """Forget an SA, and the one that it replaced: charon does not tell when a rekeyed SA goes."""
-        predecessor = self._predecessor.pop(key, None)
-        known = self._known.pop(key, None)
-        if known is None:
+    def _update(self, known: KnownSa, sa: ChildSa, now: float) -> list[SaChange]:
+        """What was known was said again, maybe otherwise."""
+        before, known.sa, known.confirmed_at = known.sa, sa, now
+        if before == sa:  # but for its counts
             return []
-        self._forget_spis(known.sa)
-        before = self._remove(predecessor, SaEnd.REKEYED, now) if predecessor else []
+        self._known[sa.key] = known
+        self._forget_spis(before)
+        self._by_spi[sa.key_in] = self._by_spi[sa.key_out] = sa
+        return [SaUpdated(before, sa)]
+
+    def _remove(self, known: KnownSa, end: SaEnd, now: float) -> list[SaChange]:
+        """Forget an SA, and the one that it replaced: charon does not tell when a rekeyed SA goes."""
+        sa = known.sa
+        if self._known.get(sa.key) is not known:
+            return []
+        del self._known[sa.key]
+        self._forget_spis(sa)
+        before = self._remove(known.replaces, SaEnd.REKEYED, now) if known.replaces else []
+        known.replaces = None
         end = SaEnd.REKEYED if known.is_rekeyed else end
-        for spi_key in (known.sa.key_in, known.sa.key_out):
+        for spi_key in (sa.key_in, sa.key_out):
             self._former.pop(spi_key, None)
-            self._former[spi_key] = FormerSa(known.sa, end, now)
+            self._former[spi_key] = FormerSa(sa, end, now)
         while len(self._former) > FORMER_SPIS_KEPT:
             del self._former[next(iter(self._former))]
-        return [*before, SaRemoved(known.sa, end)]
+        return [*before, SaRemoved(sa, end)]
 
     def _forget_spis(self, sa: ChildSa) -> None:
         for spi_key in (sa.key_in, sa.key_out):
@@ -310,5 +309,6 @@ class SaDirectory:
                 del self._by_spi[spi_key]
 
 
-def _is_same_pair(a: ChildSa, b: ChildSa) -> bool:
-    return (a.tunnel, a.uniqueid, a.spi_in, a.spi_out) == (b.tunnel, b.uniqueid, b.spi_in, b.spi_out)
+def _pair(sa: ChildSa) -> tuple[TunnelKey, int, int, int]:
+    """What tells an SA pair from every other one, wherever its peers are."""
+    return (sa.tunnel, sa.uniqueid, sa.spi_in, sa.spi_out)

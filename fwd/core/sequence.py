@@ -45,6 +45,17 @@ class Sequence:
     _waiting: int = 0  # packets that were not looked at since `top`
     _window: int = _ALL_SEEN  # bit n: number `top` - n was seen
     _suspect: int | None = None
+    _checked_at: int = 0  # the highest number when the balance was last kept, and that balance
+    _checked: int = 0
+    _settled: int = 0
+
+    def __post_init__(self) -> None:
+        self._checked_at = self.top
+
+    @property
+    def settled(self) -> int:
+        """Of those lost, how many will not be found late any more: they were missing a whole window ago."""
+        return max(0, self._settled)
 
     @property
     def lost(self) -> int:
@@ -80,6 +91,10 @@ class Sequence:
         else:
             self._suspect = seq
             self.outliers += 1
+        if (self.top - self._checked_at) % _MODULUS >= REPLAY_WINDOW:
+            # What lateness explains is less than a window.
+            self._settled = max(min(self._checked, self._missing), self._missing - REPLAY_WINDOW)
+            self._checked_at, self._checked = self.top, self._missing
 
     def _advance(self, seq: int, ahead: int) -> None:
         self.wraps += seq < self.top

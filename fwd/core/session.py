@@ -10,10 +10,19 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import NamedTuple, TypeAlias
 
-from .constants import GENERATIONS_KEPT, GENERIC_ESP_PORT, PROTO_ESP, PROTO_UDP, REPLAY_WINDOW, SPIS_SEEN
+from .constants import (
+    GENERATIONS_KEPT,
+    GENERIC_ESP_PORT,
+    MISCOUNT_SHARE,
+    MISCOUNT_SLACK,
+    PROTO_ESP,
+    PROTO_UDP,
+    REPLAY_WINDOW,
+    SPIS_SEEN,
+)
 from .packet import Kind, Packet, packet_of
 from .policy import Rule, Verdict
-from .sa import ChildSa, Comparison, SaEnd, SpiKey
+from .sa import ChildSa, SaEnd, SpiKey
 from .sequence import Sequence
 from .state import EndReason, State, Trigger, next_state
 
@@ -163,12 +172,22 @@ class Flow:
         return None
 
     def note_spi(self, spi: int, now: float) -> SpiUse:
-        """What was seen of an SPI, with a new record if it is a new one; the oldest of more than SPIS_SEEN goes."""
+        """What was seen of an SPI, with a new record if it is a new one.
+
+        Of more than SPIS_SEEN one goes that carried the fewest packets: a flood of SPIs drives out its own.
+        """
         use = self.use(spi)
         if use is None:
             use = SpiUse(spi, self, now, now)
-            self.uses = (*self.uses, use)[-SPIS_SEEN:]
+            self._take_in(use)
         return use
+
+    def _take_in(self, use: SpiUse) -> None:
+        kept = self.uses
+        if len(kept) >= SPIS_SEEN:
+            least = min(kept, key=lambda old: (old.packet_count, old.last_seen_at))
+            kept = tuple(old for old in kept if old is not least)
+        self.uses = (*kept, use)
 
     def absorb(self, other: Flow) -> None:
         """Take over what another flow counted; the other one is to be thrown away."""
@@ -179,7 +198,7 @@ class Flow:
             known = self.use(use.spi)
             if known is None:
                 use.flow = self
-                self.uses = (*self.uses, use)[-SPIS_SEEN:]
+                self._take_in(use)
             else:
                 known.absorb(use)
 
@@ -204,7 +223,7 @@ class Element:
 
     `kernel_packets` and `kernel_bytes` are the kernel's counter as read last. What the daemon answered itself is
     counted in `own_packets` and `own_bytes` until it is credited to the flow. `seen_at` is when a packet was last
-    noticed, `looked_at` when the daemon last saw one itself, in monotonic seconds.
+    noticed, `looked_at` when the daemon last saw one itself, in monotonic seconds. `mtu` is the interface's, in bytes.
     """
 
     key: ElementKey
@@ -217,6 +236,7 @@ class Element:
     own_packets: int = 0
     own_bytes: int = 0
     looked_at: float = 0.0
+    mtu: int = 0x1_0000
 
     @property
     def flow(self) -> Flow:
@@ -230,21 +250,59 @@ class Element:
         return (packet.dst, packet.kind is Kind.ESP_IN_UDP, int.from_bytes(self.key[2][-4:]))
 
 
+@dataclass(slots=True)
+class Comparison:
+    """The IKE daemon's packet counts of one SA pair beside fwd's: in and out, at one moment (monotonic seconds).
+
+    `base` is what the IKE daemon had counted before fwd could. fwd's counts were `least` just before and `most` just
+    after: what lies between is no difference. `is_asked`: fwd's are being read for it. `was_off`: there was a
+    difference at the comparison before, as well.
+    """
+
+    at: float
+    theirs: tuple[int, int]
+    least: tuple[int, int]
+    most: tuple[int, int]
+    base: tuple[int, int]
+    is_asked: bool = False
+    was_off: bool = False
+
+    @property
+    def drift(self) -> tuple[int, int]:
+        """How many packets more fwd counted than the IKE daemon, in and out; less than nothing: fewer."""
+        into, out = (
+            min(max(theirs - base, least), most) - (theirs - base)
+            for theirs, base, least, most in zip(self.theirs, self.base, self.least, self.most, strict=True)
+        )
+        return into, out
+
+    @property
+    def is_off(self) -> bool:
+        """Whether that is more than packets under way explain."""
+        return any(
+            abs(drift) > MISCOUNT_SLACK + MISCOUNT_SHARE * count
+            for drift, count in zip(self.drift, self.most, strict=True)
+        )
+
+
 @dataclass(slots=True, eq=False)
 class Generation:
     """One CHILD_SA of a tunnel: a pair of SPIs between two rekeys. Times are monotonic seconds.
 
-    `moves` counts the address changes that it went through (MOBIKE, RFC 4555), `after_end_count` the packets that came
-    when it was gone. `comparison` holds the IKE daemon's packet counts against fwd's.
+    `is_whole`: all its packets are counted here, from the first. `moves` counts the address changes that it went
+    through (MOBIKE, RFC 4555), `after_end_count` the packets that came long after it was gone. `comparison` holds the
+    IKE daemon's packet counts against fwd's; `told` is the next one, which waits for fwd's counts to be read.
     """
 
     sa: ChildSa
     installed_at: float
+    is_whole: bool = False
     removed_at: float | None = None
     end: SaEnd | None = None
     moves: int = 0
     after_end_count: int = 0
     comparison: Comparison | None = None
+    told: Comparison | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -310,9 +368,9 @@ class Session:
                 return generation
         return None
 
-    def add_generation(self, sa: ChildSa, installed_at: float) -> None:
+    def add_generation(self, generation: Generation) -> None:
         """The tunnel has a further CHILD_SA; of more than GENERATIONS_KEPT the oldest that is gone is forgotten."""
-        self.generations += (Generation(sa, installed_at),)
+        self.generations += (generation,)
         if len(self.generations) > GENERATIONS_KEPT:
             gone = next((old for old in self.generations if old.removed_at is not None), None)
             self.generations = tuple(kept for kept in self.generations if kept is not gone)

@@ -2,9 +2,9 @@
 
 Theory. A session goes through the states that PAN-OS names. It is allocated (INIT -> OPENING), and stays in
 OPENING only while it waits for its first packet: that is what a session announced by the IKE daemon does
-(type PRED). The first packet asks the policy: ACTIVE or DISCARD. An ACTIVE session whose tunnel went down
-is CLOSING for a short while, because packets that were sent before may still arrive; should the tunnel come back
-meanwhile, as it does when a peer authenticates anew, it is ACTIVE again. Every session ends in
+(type PRED). The first packet asks the policy: ACTIVE or DISCARD. A session whose tunnel went down is CLOSING for a
+short while, because packets that were sent before may still arrive; should the tunnel come back meanwhile, as it does
+when a peer authenticates anew, it is ACTIVE again, or OPENING if no packet ever came. Every session ends in
 the same way, CLOSED -> FREE -> INIT: it leaves the lookup tables (CLOSED), gives back its place (FREE), and
 stays readable in the state of an unused slot (INIT), as PAN-OS shows it.
 
@@ -39,6 +39,7 @@ class Trigger(StrEnum):
     DENY = "deny"
     TUNNEL_DOWN = "tunnel-down"
     TUNNEL_UP = "tunnel-up"
+    TUNNEL_ANNOUNCED = "tunnel-announced"
     END = "end"
     RELEASE = "release"
     RECYCLE = "recycle"
@@ -60,6 +61,7 @@ TRANSITIONS: Final[Mapping[State, Mapping[Trigger, State]]] = MappingProxyType(
         State.OPENING: {
             Trigger.PERMIT: State.ACTIVE,
             Trigger.DENY: State.DISCARD,
+            Trigger.TUNNEL_DOWN: State.CLOSING,
             Trigger.END: State.CLOSED,
         },
         State.ACTIVE: {
@@ -68,7 +70,11 @@ TRANSITIONS: Final[Mapping[State, Mapping[Trigger, State]]] = MappingProxyType(
             Trigger.END: State.CLOSED,
         },
         State.DISCARD: {Trigger.END: State.CLOSED},
-        State.CLOSING: {Trigger.TUNNEL_UP: State.ACTIVE, Trigger.END: State.CLOSED},
+        State.CLOSING: {
+            Trigger.TUNNEL_UP: State.ACTIVE,
+            Trigger.TUNNEL_ANNOUNCED: State.OPENING,
+            Trigger.END: State.CLOSED,
+        },
         State.CLOSED: {Trigger.RELEASE: State.FREE},
         State.FREE: {Trigger.RECYCLE: State.INIT},
     }

@@ -145,6 +145,8 @@ class TestTerminated:
         bench.wait(10_000)
         assert bench.session.type is SessionType.PRED
         bench.sas(SaDeleted(SA))
+        assert (bench.session.state, bench.session.end_reason) == (State.CLOSING, EndReason.TUNNEL_DOWN)
+        bench.wait(SA_LINGER_S)
         assert not bench.sessions
         (ended,) = bench.firewall.table.ended
         assert ended.end_reason is EndReason.TUNNEL_DOWN
@@ -592,7 +594,10 @@ def drive(bench, steps, **changes):
             bench.firewall.reconfigure(settings(rule, **changes))
         bench.check()
         for session in bench.sessions:
-            assert (session.type is SessionType.PRED) == (session.state is State.OPENING)
+            assert session.type is SessionType.FLOW or (
+                session.state in (State.OPENING, State.CLOSING) and not session.packet_count
+            )
+            assert session.state is not State.OPENING or session.type is SessionType.PRED
             assert all(bench.firewall.table.lookup(key).session is session for key in session.keys)
 
 

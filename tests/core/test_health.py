@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from fwd.core.constants import ONE_WAY_S
+from fwd.core.constants import ONE_WAY_S, RECENT_S
 from fwd.core.events import CounterRose, TunnelsStale, TunnelTrouble
 from fwd.core.health import Trouble
 from fwd.core.interfaces import LinkPresent
 from fwd.core.sa import SaDeleted, SaEstablished, SaRekeyed, SaSnapshot, SaSourceLost
+from fwd.core.session import SessionType
 from tests.builders import HERE, LEFT, PEER, RIGHT, TO_LEFT, WAN, Bench, child_sa, esp, ipv4
 
 SILENT_S = 40
@@ -81,19 +82,47 @@ def test_packets_on_an_sa_that_is_gone_are_told_from_strangers(bench):
     bench.sas(SaDeleted(SA))
     assert bench.count("pkt_deleted_sa") == 0
     bench.wait(1)
-    bench.receive(esp(PEER, HERE, SA.spi_in, 3))
+    bench.receive(esp(PEER, HERE, SA.spi_in, 3))  # late: that happens at every rekey
     bench.wait(60)  # the SPI lingers no more
-    bench.receive(esp(PEER, HERE, SA.spi_in, 4))
-    bench.receive(esp(PEER, HERE, 0x7777, 1))
-    assert (bench.count("pkt_deleted_sa"), bench.count("pkt_unknown_spi")) == (2, 1)
-    assert bench.firewall.tunnel_of(NEXT_SA).generations[0].after_end_count == 2
-    assert Trouble.AFTER_DELETE in troubles(bench)
+    assert bench.count("pkt_deleted_sa") == 0 and troubles(bench) == [Trouble.SILENT]
+    for seq in range(4, 7):
+        bench.receive(esp(PEER, HERE, SA.spi_in, seq))
+        bench.receive(esp(PEER, HERE, 0x7777, seq))
+        bench.wait(10)  # nobody claims them in time
+    assert (bench.count("pkt_deleted_sa"), bench.count("pkt_unknown_spi")) == (3, 3)
+    found = troubles(bench)
+    assert Trouble.AFTER_DELETE in found and Trouble.UNKNOWN_SPI in found
+    assert bench.count("tunnel_after_delete") == bench.count("tunnel_unknown_spi") == 1
+    bench.wait(RECENT_S)
+    assert troubles(bench) == [Trouble.SILENT]
+
+
+def test_packets_of_a_tunnel_that_is_gone_are_found_without_it(bench):
+    both_ways(bench, 1)
+    bench.sas(SaDeleted(SA))
+    bench.wait(60)
+    assert not bench.sessions
+    for seq in range(2, 50):
+        bench.receive(esp(PEER, HERE, SA.spi_in, seq))
+        bench.wait(1)
+    assert bench.count("pkt_deleted_sa") == 48 and bench.count("tunnel_after_delete") == 1
+    (finding,) = bench.firewall.findings(bench.session, bench.now)
+    assert "of gw/net, which strongSwan deleted" in finding.text
+
+
+def test_a_packet_that_is_faster_than_the_news_of_its_sa_is_no_strangers(bench):
+    bench.receive(esp(PEER, HERE, NEXT_SA.spi_in, 1))
+    bench.wait(1)
+    bench.sas(SaRekeyed(SA, NEXT_SA))
+    bench.wait(20)
+    assert bench.count("pkt_unknown_spi") == 0
 
 
 def test_strongswans_counts_and_ours_are_compared_from_the_first_reading_on(bench):
     for seq in range(1, 31):
         both_ways(bench, seq)
     bench.sas(SaSnapshot((replace(SA, packets_in=30, packets_out=30),)))
+    bench.wait(3)
     comparison = bench.firewall.tunnel_of(SA).generations[0].comparison
     assert (comparison.drift, comparison.is_off) == ((0, 0), False)
     for seq in range(31, 131):
@@ -101,14 +130,102 @@ def test_strongswans_counts_and_ours_are_compared_from_the_first_reading_on(benc
     for _ in range(2):  # once may be packets under way
         assert Trouble.MISCOUNT not in troubles(bench)
         bench.sas(SaSnapshot((replace(SA, packets_in=50, packets_out=130),)))
+        bench.wait(3)
     assert bench.firewall.tunnel_of(SA).generations[0].comparison.drift == (80, 0)
     assert Trouble.MISCOUNT in troubles(bench)
+
+
+def test_packets_that_come_while_strongswan_is_asked_are_no_difference(bench):
+    bench.sas(SaSnapshot((replace(SA, packets_in=0, packets_out=0),)))
+    bench.wait(3)
+    for number in range(1, 4):
+        both_ways(bench, 1000 * number)
+        bench.read_all()
+        bench.sas(SaSnapshot((replace(SA, packets_in=500 * number - 300, packets_out=0),)))
+        for seq in range(500):
+            bench.receive(esp(PEER, HERE, SA.spi_in, 1000 * number + seq + 1))
+        bench.wait(3)
+    assert bench.firewall.tunnel_of(SA).generations[0].comparison.drift[0] == 0
+
+
+@pytest.mark.parametrize("is_cleared", [True, False])
+def test_a_session_that_was_cleared_or_aged_out_begins_to_compare_anew(bench, is_cleared):
+    told = replace(SA, packets_in=0, packets_out=0)
+    bench.sas(SaSnapshot((told,)))
+    for seq in range(1, 201):
+        both_ways(bench, seq)
+    if is_cleared:
+        bench.clear(bench.session)
+    else:
+        bench.wait(3700)
+    assert bench.session.type is SessionType.PRED
+    assert bench.session.generations[0].installed_at == 1000
+    for _ in range(3):
+        bench.sas(SaSnapshot((replace(SA, packets_in=200, packets_out=200),)))
+        bench.wait(3)
+    assert Trouble.MISCOUNT not in troubles(bench)
 
 
 def test_what_strongswan_counted_before_fwd_began_is_no_difference(bench):
     old = child_sa(0x1003, 0x2003, reqid=3, remote=bytes(4), age_s=500, packets_in=900, packets_out=700)
     bench.sas(SaSnapshot((SA, old)))
+    bench.wait(3)
     assert bench.firewall.tunnel_of(old).generations[0].comparison.drift == (0, 0)
+
+
+def test_lost_packets_are_trouble_while_it_goes_on(bench):
+    seq = 0
+    for _ in range(60):
+        for _ in range(20):
+            seq += 1
+            if seq % 10:
+                bench.receive(esp(PEER, HERE, SA.spi_in, seq))
+        bench.send(esp(HERE, PEER, SA.spi_out, 1 + seq // 20))
+        bench.wait(1)
+    assert troubles(bench) == [Trouble.LOSS] and bench.count("tunnel_loss") == 1
+    bench.wait(RECENT_S + 20)
+    assert troubles(bench) == [Trouble.SILENT]
+
+
+def test_packets_out_of_order_are_not_lost(bench):
+    for first in range(1, 3000, 3):
+        for seq in (first + 2, first, first + 1):
+            bench.receive(esp(PEER, HERE, SA.spi_in, seq))
+        bench.send(esp(HERE, PEER, SA.spi_out, 1 + first // 3))
+        bench.wait(0.5)
+        assert Trouble.LOSS not in troubles(bench)
+
+
+@pytest.mark.parametrize("is_esn", [True, False])
+def test_a_wrap_is_trouble_without_esn_only(is_esn):
+    bench = Bench(tunnel_silent_s=SILENT_S)
+    bench.sas(SaSnapshot((replace(SA, esn=is_esn),)))
+    for seq in (2**32 - 2, 2**32 - 1, 0, 1, 2):
+        bench.receive(esp(PEER, HERE, SA.spi_in, seq))
+        bench.send(esp(HERE, PEER, SA.spi_out, seq))
+    assert troubles(bench) == ([] if is_esn else [Trouble.WRAP])
+
+
+def test_a_tunnel_that_was_up_before_fwd_is_not_silent_at_once():
+    bench = Bench(tunnel_silent_s=SILENT_S)
+    bench.sas(SaSnapshot((replace(SA, age_s=5000),)))
+    bench.wait(2)
+    assert not troubles(bench)
+    bench.receive(esp(PEER, HERE, SA.spi_in, 1))
+    bench.wait(2)
+    assert not troubles(bench)  # one packet is no one-way traffic
+    bench.wait(SILENT_S)
+    assert troubles(bench) == [Trouble.SILENT]
+
+
+def test_a_rekey_does_not_end_silence(bench):
+    both_ways(bench, 1)
+    bench.wait(SILENT_S + 2)
+    bench.sas(SaRekeyed(SA, NEXT_SA))
+    bench.sas(SaDeleted(SA))
+    bench.wait(5)
+    assert troubles(bench) == [Trouble.SILENT]
+    assert [event.is_over for event in told(bench)] == [False]
 
 
 def test_fragments_and_packets_that_are_too_large_for_the_link_are_found(bench):

@@ -21,7 +21,8 @@ def told(one_way, other_way, now=1000.0):
 
 
 def test_one_each_way_is_a_pair():
-    assert told([(1, 0, 5)], [(2, 0.1, 5)]) == {
+    assert {story[2] for story in told([(1, 0, 5)], [(2, 0.1, 5)]).values()} == {"ambiguous"}  # too little was seen
+    assert told([(1, 0, 15)], [(2, 0.1, 15)]) == {
         1: ("first", None, "observed-unique", 2),
         2: ("first", None, "observed-unique", 1),
     }
@@ -102,7 +103,7 @@ def test_each_spi_has_a_session_until_its_partner_is_proven(bench):
     assert ports(bench) == [(5, 5, 3, 0), (6, 6, 3, 0)]
     first = bench.sessions[0]
     flow(bench, int(PAIR_PROOF_S) + 2, [5], [6], seq=4)
-    assert bench.session is first and not len(bench.firewall.unpaired)
+    assert bench.session is first and not bench.firewall.spi_sessions.waiting_count
     count = 3 + int(PAIR_PROOF_S) + 2
     assert ports(bench) == [(6, 5, count, count)]  # each side's port is the SPI that it receives on
     flow(bench, 2, [5], [6], seq=100)
@@ -111,7 +112,7 @@ def test_each_spi_has_a_session_until_its_partner_is_proven(bench):
 
 def test_what_is_ambiguous_stays_apart(bench):
     flow(bench, 3 * int(PAIR_PROOF_S), [5, 7], [6, 8])
-    assert len(bench.sessions) == 4 and len(bench.firewall.unpaired) == 4
+    assert len(bench.sessions) == 4 and bench.firewall.spi_sessions.waiting_count == 4
 
 
 def test_one_way_stays_alone(bench):
@@ -124,7 +125,7 @@ def test_sessions_that_ended_wait_no_more():
     for number in range(2 * PAIRINGS_PER_TURN):
         bench.forward(esp(f"10.0.0.{number + 1}", RIGHT, 5))
         bench.forward(esp(LEFT, RIGHT, number + 1))
-    assert len(bench.firewall.unpaired) == 4 * PAIRINGS_PER_TURN
+    assert bench.firewall.spi_sessions.waiting_count == 4 * PAIRINGS_PER_TURN
     bench.wait(70)
-    assert not bench.sessions and not len(bench.firewall.unpaired)
-    assert bench.firewall.unpaired.next_deadline() is None
+    assert not bench.sessions and not bench.firewall.spi_sessions.waiting_count
+    assert bench.firewall.spi_sessions.next_deadline() is None
