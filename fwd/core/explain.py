@@ -67,7 +67,7 @@ def removal(directory: SaDirectory, generation: Generation) -> FormerSa | None:
 
 def explain_session(firewall: Firewall, session: Session, now: float, clock: Clock) -> list[Group]:
     """All that there is to say about one session."""
-    next_packet = Group("next packet", list(_next_packet(session)))
+    next_packet = Group("next packet", list(_next_packet(firewall, session)))
     return [*_about(firewall, session, now, clock), next_packet, *_troubles(firewall, session, now)]
 
 
@@ -412,9 +412,13 @@ def _timers(firewall: Firewall, session: Session, now: float, clock: Clock) -> I
             yield f"The IKE gate closes at {clock(until)} unless another exchange completes."
 
 
-def _next_packet(session: Session) -> Iterator[str]:
+def _next_packet(firewall: Firewall, session: Session) -> Iterator[str]:
     if session.state is State.INIT:
-        yield "It would open a new session, if the rules allow it."
+        today = firewall.tunnel_of(session.sa) if session.sa else None
+        if today:
+            yield f"It would belong to session {today.id}, which its tunnel has now."
+        else:
+            yield "It would open a new session, if the rules allow it."
         return
     for name, flow, other in (("c2s", session.c2s, session.s2c), ("s2c", session.s2c, session.c2s)):
         use = flow.uses[-1] if flow.uses else None

@@ -198,6 +198,7 @@ def test_an_sa_that_went_after_its_session_had_ended_is_not_said_to_be_there():
     session = bench.session
     bench.clear(session)
     assert "it still says so" in explained(bench, session)["ports"]
+    assert "belong to session 2, which its tunnel has now" in explained(bench, session)["next packet"]
     bench.wait(3)
     bench.sas(SaDeleted(SA))
     assert "installed this pair at T1000, and has deleted it at T1003" in explained(bench, session)["ports"]
