@@ -34,7 +34,7 @@ Filter keys, any number of them (all must match):
 """
 
 
-#: The width of a page that has none: a line an event, for whoever searches in it.
+#: The width of a page that has none: nothing is broken or left out, for whoever searches in it.
 _NO_END = 10_000
 
 
@@ -50,7 +50,7 @@ class _Asked:
         click.echo(json.dumps(answer, indent=2) if self.as_json else text(answer))
 
 
-def _width(otherwise: int = 120) -> int:
+def _width(otherwise: int = _NO_END) -> int:
     """The terminal's width in columns; `otherwise` if the output goes elsewhere."""
     return shutil.get_terminal_size(fallback=(otherwise, 25)).columns
 
@@ -263,7 +263,7 @@ def explain_packet(asked: _Asked, src: str, dst: str, spi: int, ports: tuple[int
 def monitor(asked: _Asked, words: tuple[str, ...], limit: int | None) -> None:
     chosen = _filter(words)
     for number, event in enumerate(asked.client.events(chosen), 1):
-        click.echo(json.dumps(event) if asked.as_json else render.event(event, _width(_NO_END)))
+        click.echo(json.dumps(event) if asked.as_json else render.event(event, _width()))
         sys.stdout.flush()
         if number == limit:
             return
