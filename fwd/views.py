@@ -13,16 +13,19 @@ from typing import Any, TypeAlias
 from .core.events import (
     CounterRose,
     Event,
+    SessionAbsorbed,
     SessionRekeyed,
     TunnelsStale,
     TunnelTrouble,
 )
+from .core.explain import removal
 from .core.firewall import Firewall
 from .core.health import uses_of
 from .core.ike import IkeSa
 from .core.pairing import Observation, observe
 from .core.session import Application, Flow, Generation, Place, Session, SpiUse
 from .core.state import State
+from .times import time_of_day
 
 JSON: TypeAlias = dict[str, Any]
 
@@ -38,7 +41,7 @@ class Views:
 
     def clock(self, at: float) -> str:
         """The time of day of a monotonic time, as text."""
-        return time.strftime("%H:%M:%S", time.localtime(self._epoch(at)))
+        return time_of_day(self._epoch(at))
 
     def _epoch(self, at: float) -> float:
         return time.time() - (self._now() - at)
@@ -73,8 +76,13 @@ class Views:
             "ipsec": None if session.application is Application.IKE else self._ipsec(session, now),
         }
         if is_detailed:
-            view["linked"] = [{"id": o.id, "application": o.application} for o in self._firewall.linked(session)]
+            view["linked"] = [
+                {"id": o.id, "application": o.application, "state": o.state, "end_reason": o.end_reason}
+                for o in self._firewall.linked(session)
+            ]
             view["ike"] = [self.ike_sa(sa) for sa in self._firewall.ike_sas(session)]
+            record = self._firewall.ike.record(session.client.address, session.server.address)
+            view["nat_keepalives"] = record.keepalive_count if record else 0
             if view["ipsec"] is not None:
                 view["ipsec"]["spis"] = self._spis(session, now)
                 view["ipsec"]["generations"] = self.generations(session)
@@ -83,6 +91,7 @@ class Views:
 
     def _ipsec(self, session: Session, now: float) -> JSON:
         sa = session.sa
+        gone = removal(self._firewall.directory, session.generations[-1]) if sa else None
         return {
             "spis_seen": {"c2s": session.c2s.spis, "s2c": session.s2c.spis},
             "child_sa": sa and sa.child_name,
@@ -94,6 +103,8 @@ class Views:
             "spis_in_kernel": sum(element.place is Place.KERNEL for element in session.elements),
             "nat_t_ports": session.udp_ports,
             "sa_stale_s": sa and self._firewall.directory.stale_s(sa, now),
+            "sa_removed": gone and self._epoch(gone.removed_at),
+            "sa_end": gone and gone.end,
             "fragments": {"c2s": session.c2s.fragment_count, "s2c": session.s2c.fragment_count},
         }
 
@@ -131,6 +142,7 @@ class Views:
             sa = generation.sa
             into, out = uses_of(session, generation)
             before = uses_of(session, previous) if previous else (None, None)
+            gone = removal(self._firewall.directory, generation)
             views.append(
                 {
                     "uniqueid": sa.uniqueid,
@@ -140,8 +152,8 @@ class Views:
                     "spi_out": sa.spi_out,
                     "esn": sa.esn,
                     "installed": self._epoch(generation.installed_at),
-                    "removed": self._epoch_or_none(generation.removed_at),
-                    "end": generation.end,
+                    "removed": gone and self._epoch(gone.removed_at),
+                    "end": gone and gone.end,
                     "moves": generation.moves,
                     "packets_after_end": generation.after_end_count,
                     "in": into and self._use(into),
@@ -159,6 +171,7 @@ class Views:
             return None
         return {
             "at": self._epoch(seen.at),
+            "age_s": self._now() - seen.at,
             "packets_in": seen.theirs[0],
             "packets_out": seen.theirs[1],
             "fwd_more_in": seen.drift[0],
@@ -191,7 +204,7 @@ class Views:
     # --- tunnels, events ------------------------------------------------------------------------------
 
     def tunnel(self, session: Session) -> JSON:
-        """A tunnel that ends here, with all that is known of it."""
+        """A tunnel that ends here or did so until a while ago, with all that is known of it."""
         sa = session.sas[-1] if session.sas else session.sa
         assert sa is not None
         return {
@@ -206,6 +219,8 @@ class Views:
             "nat_t_ports": session.udp_ports,
             "session": session.id,
             "state": session.state,
+            "ended": self._epoch_or_none(self._firewall.table.ended_at(session.id)),
+            "end_reason": session.end_reason,
             "rekeys": session.rekeys,
             "generations": self.generations(session),
             "ike": [self.ike_sa(seen) for seen in self._firewall.ike_sas(session)],
@@ -213,7 +228,7 @@ class Views:
         }
 
     def event(self, number: int, at: float, event: Event) -> JSON:
-        """One event; its session is shown as it is now."""
+        """One event."""
         view: JSON = {"number": number, "time": self._epoch(at), "event": event_name(event)}
         match event:
             case CounterRose(name, description, amount, value):
@@ -224,6 +239,8 @@ class Views:
                 view |= {"trouble": finding.trouble, "text": finding.text, "over": is_over}
             case SessionRekeyed(_, sa):
                 view |= {"spi_in": sa.spi_in, "spi_out": sa.spi_out}
+            case SessionAbsorbed(_, into):
+                view |= {"into": into}
         session = event.session
         tunnel = session.sa
         return {
@@ -244,7 +261,7 @@ class Views:
 
 
 def event_name(event: Event) -> str:
-    """`created`, `promoted`, `rekeyed`, `discarded`, `ended`, `trouble`, `stale` or `counter`."""
+    """`created`, `promoted`, `rekeyed`, `discarded`, `absorbed`, `ended`, `trouble`, `stale` or `counter`."""
     return _EVENT_NAMES[type(event).__name__]
 
 
@@ -253,6 +270,7 @@ _EVENT_NAMES: Mapping[str, str] = {
     "SessionPromoted": "promoted",
     "SessionRekeyed": "rekeyed",
     "SessionDiscarded": "discarded",
+    "SessionAbsorbed": "absorbed",
     "SessionEnded": "ended",
     "TunnelTrouble": "trouble",
     "TunnelsStale": "stale",

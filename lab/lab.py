@@ -101,7 +101,8 @@ class Fwd:
 
     def fwctl(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run fwctl on the daemon's host."""
-        return self._host.run([str(PROGRAMS / "fwctl"), *words], check=check)
+        # Without a width: readline, which pytest loads, exports that of a terminal to all children.
+        return self._host.run(["env", "-u", "COLUMNS", str(PROGRAMS / "fwctl"), *words], check=check)
 
     def json(self, *words: str) -> Any:
         """What `fwctl --json` prints."""

@@ -1,12 +1,12 @@
 import pytest
 
 from fwd import rpc
-from fwd.api import EVENTS_KEPT, Api
+from fwd.api import EVENTS_KEPT, PAIRS_PER_PAGE, Api
 from fwd.core import session_filter
 from fwd.core.events import SessionCreated
-from fwd.core.sa import SaEstablished, SaSourceLost
+from fwd.core.sa import SaDeleted, SaEstablished, SaRekeyed, SaSnapshot, SaSourceLost
 from fwd.rpc import RpcError
-from tests.builders import DENY_ALL, HERE, LEFT, PEER, RIGHT, Bench, child_sa, esp, ike, settings
+from tests.builders import DENY_ALL, HERE, LEFT, PEER, RIGHT, Bench, child_sa, esp, ike, settings, udp
 
 
 @pytest.fixture
@@ -218,3 +218,111 @@ def test_a_slow_reader_is_told_how_many_events_it_missed(api, bench):
     page = api.dispatch("event.list", {"after": before})
     assert page["lost"] == 10 and page["events"][0]["number"] == before + 11
     assert api.dispatch("event.list", {"after": 10**9}) == {"events": [], "next": before + EVENTS_KEPT + 10, "lost": 0}
+
+
+def all_of(api, name=None):
+    """The tunnels of all pages, and how many pages these were."""
+    found, pages, after = [], 0, 0
+    while after is not None:
+        page = api.dispatch("tunnel.detail", {"name": name, "after": after})
+        found, pages, after = found + page["tunnels"], pages + 1, page["next"]
+    return found, pages
+
+
+def test_pages_of_tunnels_hold_each_once(api, bench):
+    for number in range(2, 3 * PAIRS_PER_PAGE):
+        bench.firewall.apply_sa(SaEstablished(child_sa(number, 10**6 + number, reqid=number)), bench.now)
+    found, pages = all_of(api)
+    numbers = [tunnel["session"] for tunnel in found]
+    assert numbers == sorted(set(numbers)) and len(numbers) == 3 * PAIRS_PER_PAGE - 1 and pages == 3
+    assert len(all_of(api, "net")[0]) == len(numbers)
+
+
+def test_a_page_ends_by_the_number_of_its_pairs(api, bench):
+    for reqid in range(1, 11):
+        for generation in range(30):
+            sa = child_sa(
+                reqid * 1000 + generation, 10**6 + reqid * 1000 + generation, reqid=reqid, uniqueid=generation
+            )
+            bench.firewall.apply_sa(SaEstablished(sa), bench.now)
+    page = api.dispatch("tunnel.detail", {})
+    assert sum(len(tunnel["generations"]) for tunnel in page["tunnels"]) <= PAIRS_PER_PAGE
+    assert len(all_of(api)[0]) == 10
+
+
+def test_a_tunnel_that_ended_is_shown_while_it_is_readable(api, bench):
+    bench.sas(SaDeleted(child_sa()))
+    assert api.dispatch("tunnel.detail", {})["tunnels"][0]["state"] == "CLOSING"
+    bench.wait(10)
+    (tunnel,) = api.dispatch("tunnel.detail", {"name": "gw"})["tunnels"]
+    (generation,) = tunnel["generations"]
+    assert (tunnel["state"], tunnel["end_reason"], tunnel["ended"] - generation["removed"]) == (
+        "INIT",
+        "tunnel-down",
+        pytest.approx(5, abs=0.5),
+    )
+    assert generation["end"] == "deleted"
+    bench.wait(bench.firewall.settings.keep_ended_s + 2)
+    with pytest.raises(RpcError, match="no tunnel 'gw'"):
+        api.dispatch("tunnel.detail", {"name": "gw"})
+
+
+def test_an_sa_that_is_gone_is_not_said_to_be_confirmed(api, bench):
+    def standing():
+        ipsec = api.dispatch("session.get", {"id": 1})["ipsec"]
+        return ipsec["sa_stale_s"], ipsec["sa_end"], ipsec["sa_removed"]
+
+    bench.sas(SaSnapshot((child_sa(),)))
+    assert standing() == (None, None, None)
+    bench.clear(bench.firewall.table.find(1))
+    bench.sas(SaDeleted(child_sa()))
+    assert standing()[:2] == (None, "deleted") and standing()[2] is not None
+
+
+def test_nat_keepalives_are_shown(api, bench):
+    bench.firewall.reconfigure(settings())
+    bench.forward(udp(LEFT, RIGHT, 4500, 4500, b"\xff"))
+    assert api.dispatch("session.get", {"id": 2})["nat_keepalives"] == 1
+
+
+def test_an_event_shows_its_session_as_it_was(api, bench):
+    drain(api, bench)
+    after = api.dispatch("event.list", {})["next"]
+    bench.forward(esp("10.0.0.9", RIGHT, 5))
+    drain(api, bench)
+    bench.firewall.reconfigure(settings())
+    session = bench.sessions[-1]
+    bench.forward(esp("10.0.0.9", RIGHT, 5))
+    bench.clear(session)
+    drain(api, bench)
+    events = api.dispatch("event.list", {"after": after})["events"]
+    assert [(event["event"], event["state"], event["packets"]) for event in events] == [
+        ("created", "DISCARD", 1),
+        ("discarded", "DISCARD", 1),
+        ("ended", "INIT", 2),
+    ]
+    shown = api.dispatch("event.list", {"after": after, "filter": {"state": "discard"}})["events"]
+    assert [event["event"] for event in shown] == ["created", "discarded"]
+
+
+def test_a_session_that_becomes_part_of_another_is_told_of(api, bench):
+    bench.firewall.reconfigure(settings())
+    bench.receive(esp(PEER, HERE, 3))
+    provisional = bench.sessions[-1].id
+    bench.sas(SaRekeyed(child_sa(), child_sa(3, 4, uniqueid=2)))
+    drain(api, bench)
+    events = api.dispatch("event.list", {"after": 0})["events"]
+    assert [(e["id"], e["into"], e["packets"]) for e in events if e["event"] == "absorbed"] == [(provisional, 1, 1)]
+
+
+def test_a_session_that_turns_into_its_tunnel_goes_on_under_its_id(api, bench):
+    bench.firewall.reconfigure(settings())
+    bench.receive(esp(PEER, HERE, 0x5001))
+    bench.receive(esp(PEER, HERE, 0x6001))
+    first, second = (session.id for session in bench.sessions[-2:])
+    bench.sas(SaEstablished(child_sa(0x6001, 0x6002, reqid=2)))
+    bench.wait(6)
+    drain(api, bench)
+    events = api.dispatch("event.list", {"after": 0})["events"]
+    assert "absorbed" not in [event["event"] for event in events if event.get("id") in (first, second)]
+    assert bench.firewall.table.find(second).application == "ipsec-udp"

@@ -64,6 +64,16 @@ class Client:
             yield from page["sessions"]
             after = page["next"]
 
+    def tunnels(self, name: str | None) -> dict[str, Any]:
+        """What `tunnel.detail` says of all tunnels, or of those of that name, its pages put together."""
+        answer: dict[str, Any] = self.call("tunnel.detail", name=name)
+        after = answer.pop("next")
+        while after is not None:
+            page = self.call("tunnel.detail", name=name, after=after)
+            answer["tunnels"] += page["tunnels"]
+            after = page["next"]
+        return answer
+
     def events(self, words: Mapping[str, str]) -> Iterator[dict[str, Any]]:
         """Events from now on, for ever; those that were forgotten before they were read come as one `missed` event."""
         after = self.call("event.list", filter=dict(words))["next"]

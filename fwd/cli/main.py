@@ -34,6 +34,10 @@ Filter keys, any number of them (all must match):
 """
 
 
+#: The width of a page that has none: nothing is broken or left out, for whoever searches in it.
+_NO_END = 10_000
+
+
 @dataclass
 class _Asked:
     """What holds for the whole command line."""
@@ -44,6 +48,11 @@ class _Asked:
     def show(self, answer: Any, text: Callable[[Any], str]) -> None:
         """Print an answer, for people or for programs."""
         click.echo(json.dumps(answer, indent=2) if self.as_json else text(answer))
+
+
+def _width(otherwise: int = _NO_END) -> int:
+    """The terminal's width in columns; `otherwise` if the output goes elsewhere."""
+    return shutil.get_terminal_size(fallback=(otherwise, 25)).columns
 
 
 def _spi(text: str) -> int:
@@ -138,7 +147,8 @@ def show_session_id(asked: _Asked, session_id: int) -> None:
     Below PAN-OS's fields stands what PAN-OS has no field for: the CHILD_SA, its SPIs in decimal and hex, and the SPIs
     that were seen on the wire.
     """
-    asked.show(asked.client.call("session.get", id=session_id), render.session_detail)
+    answer = asked.client.call("session.get", id=session_id)
+    asked.show(answer, lambda answer: render.session_detail(answer, _width()))
 
 
 @show_session.command("info")
@@ -177,8 +187,7 @@ def show_tunnel(context: click.Context) -> None:
     if context.invoked_subcommand is None:
         asked = context.find_object(_Asked)
         assert asked is not None
-        width = max(80, shutil.get_terminal_size(fallback=(120, 25)).columns)
-        asked.show(asked.client.call("tunnel.list"), lambda answer: render.tunnels(answer, width))
+        asked.show(asked.client.call("tunnel.list"), lambda answer: render.tunnels(answer, _width()))
 
 
 @show_tunnel.command("detail")
@@ -191,9 +200,10 @@ def show_tunnel_detail(asked: _Asked, name: str | None) -> None:
     \b
     For each: its SPI generations with what each carried and how healthy it looks, strongSwan's own packet counts
     beside fwd's, and what is wrong: no packets, one way only, lost or late ones, packets on a deleted SA, counts
-    that differ, fragments. NAME is that of a CHILD_SA or of its IKE_SA.
+    that differ, fragments. NAME is that of a CHILD_SA or of its IKE_SA. A tunnel that ended is shown for as long
+    as its session can be read.
     """
-    asked.show(asked.client.call("tunnel.detail", name=name), render.tunnel_detail)
+    asked.show(asked.client.tunnels(name), lambda answer: render.tunnel_detail(answer, _width()))
 
 
 @show.group("system")
@@ -220,8 +230,8 @@ def explain() -> None:
 @click.pass_obj
 def explain_session(asked: _Asked, session_id: int) -> None:
     """Say why a session has these ports, which rule decided, which timers run, what the next packet would meet."""
-    width = shutil.get_terminal_size(fallback=(100, 25)).columns
-    asked.show(asked.client.call("explain.session", id=session_id), lambda answer: render.explanation(answer, width))
+    answer = asked.client.call("explain.session", id=session_id)
+    asked.show(answer, lambda answer: render.explanation(answer, _width(100)))
 
 
 @explain.command("packet")
@@ -237,15 +247,14 @@ def explain_packet(asked: _Asked, src: str, dst: str, spi: int, ports: tuple[int
     \b
       fwctl explain packet --src 192.0.2.2 --dst 192.0.2.1 --spi 0xc6f2a1b0
     """
-    width = shutil.get_terminal_size(fallback=(100, 25)).columns
     answer = asked.client.call("explain.packet", src=src, dst=dst, spi=spi, ports=ports and list(ports))
-    asked.show(answer, lambda answer: render.explanation(answer, width))
+    asked.show(answer, lambda answer: render.explanation(answer, _width(100)))
 
 
 @fwctl.command(
-    help="Show events as they happen, until Ctrl-C: sessions created, promoted, rekeyed, discarded, ended;"
-    " troubles of tunnels; strongSwan away or back; counters of warnings and drops. With --json, a line of"
-    " JSON each. A reader that is too slow is told how many events it missed."
+    help="Show events as they happen, until Ctrl-C: sessions created, promoted, rekeyed, discarded, absorbed by"
+    " another one, ended; troubles of tunnels; strongSwan away or back; counters of warnings and drops. With --json,"
+    " a line of JSON each. A reader that is too slow is told how many events it missed."
 )
 @click.argument("words", nargs=-1, metavar="[filter KEY VALUE ...]")
 @click.option("--limit", type=click.IntRange(min=1), help="Stop after so many events.")
@@ -254,7 +263,7 @@ def explain_packet(asked: _Asked, src: str, dst: str, spi: int, ports: tuple[int
 def monitor(asked: _Asked, words: tuple[str, ...], limit: int | None) -> None:
     chosen = _filter(words)
     for number, event in enumerate(asked.client.events(chosen), 1):
-        click.echo(json.dumps(event) if asked.as_json else render.event(event))
+        click.echo(json.dumps(event) if asked.as_json else render.event(event, _width()))
         sys.stdout.flush()
         if number == limit:
             return

@@ -5,13 +5,18 @@ from __future__ import annotations
 import io
 import textwrap
 import time
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
+from ..times import time_of_day as clock
+
 _RULE = "-" * 80
+
+#: How wide a page is that is not told otherwise, in columns.
+_PAGE = 120
 _NO_SESSIONS = "No Active Sessions"
 
 
@@ -52,19 +57,20 @@ def session_rows(sessions: Iterable[Mapping[str, Any]]) -> Iterable[str]:
 # --- show session id --------------------------------------------------------------------------------------
 
 
-def session_detail(session: Mapping[str, Any]) -> str:
+def session_detail(session: Mapping[str, Any], width: int = _PAGE) -> str:
     """`show session id`: PAN-OS's fields in its order, then what it has no field for."""
     lines = [f"{'Session':<20}{session['id']}", ""]
     for name in ("c2s", "s2c"):
         lines += [*_flow(name, session[name]), ""]
     lines += [_footer(label, value) for label, value in _footer_values(session)]
     if session["ipsec"]:
-        lines += ["", "        IPsec, as seen by fwd:"]
-        lines += [_footer(label, value) for label, value in _ipsec_values(session)]
-    if session.get("ike") or session.get("linked"):
-        lines += ["", "        IKE, as seen on the wire:"]
-        lines += [_footer(label, value) for label, value in _ike_values(session)]
-    if session["ipsec"] and (table := _spi_table(session)):
+        lines += _block("IPsec, as seen by fwd:", _ipsec_values(session), width)
+    for sa in session.get("ike", ()):
+        heading = f"IKE_SA {sa['initiator_spi']}_i {sa['responder_spi']}_r, as seen on the wire:"
+        lines += _block(heading, _ike_values(sa), width)
+    if beside := list(_beside(session)):
+        lines += _block("Beside it, of the same tunnel or peers:", beside, width)
+    if session["ipsec"] and (table := _spi_table(session, width)):
         lines += ["", *table]
     return "\n".join(lines)
 
@@ -89,6 +95,27 @@ def _field(label: str, value: object, second_label: str = "", second_value: obje
 
 def _footer(label: str, value: object) -> str:
     return f"        {label:<37}: {value}"
+
+
+def _block(heading: str, values: Iterable[tuple[str, object]], width: int) -> list[str]:
+    """What PAN-OS has no field for: a heading, and lines that are broken where the page ends."""
+    lines = ["", f"        {heading}"]
+    for label, value in values:
+        lines += _wrapped(_footer(label, value), max(width, 80), 47)
+    return lines
+
+
+def _wrapped(text: str, width: int, indent: int) -> list[str]:
+    """A line that begins with a label, broken between words; what follows stands below its value."""
+    label, value = text[:indent], text[indent:]
+    return textwrap.wrap(
+        value,
+        max(width, indent + 20),
+        initial_indent=label,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    ) or [label.rstrip()]
 
 
 def _footer_values(session: Mapping[str, Any]) -> Iterable[tuple[str, object]]:
@@ -131,8 +158,7 @@ def _ipsec_values(session: Mapping[str, Any]) -> Iterable[tuple[str, object]]:
         yield "SPI c2s, negotiated", spi(session["c2s"]["dport"])
         yield "SPI s2c, negotiated", spi(session["c2s"]["sport"])
         yield "rekeys", ipsec["rekeys"]
-        stale = ipsec["sa_stale_s"]
-        yield "SA confirmed by strongSwan", "yes" if stale is None else f"no, not for {duration(stale)}"
+        yield "SA confirmed by strongSwan", _confirmed(ipsec)
     if ipsec["nat_t_ports"]:
         yield "NAT-T UDP ports (c2s)", " to ".join(map(str, ipsec["nat_t_ports"]))
     for name, spis in ipsec["spis_seen"].items():
@@ -145,46 +171,56 @@ def _ipsec_values(session: Mapping[str, Any]) -> Iterable[tuple[str, object]]:
         yield f"trouble: {finding['trouble']}", finding["text"]
 
 
-def _ike_values(session: Mapping[str, Any]) -> Iterable[tuple[str, object]]:
-    for sa in session.get("ike", ()):
-        yield "IKE_SA (SPIs initiator, responder)", f"{sa['initiator_spi']}, {sa['responder_spi']}"
-        yield "version, messages, retransmitted", f"{sa['version']}, {sa['messages']}, {sa['retransmits']}"
-        yield "last exchange", f"{sa['last_exchange']} at {clock(sa['last_seen'])}"
-        yield "exchange for a CHILD_SA answered", f"at {clock(sa['completed'])}" if sa["completed"] else "not seen"
-        yield "on port 4500 since", clock(sa["floated"]) if sa["floated"] else "never"
-    if linked := session.get("linked"):
-        yield "other sessions of it", ", ".join(f"{other['id']} ({other['application']})" for other in linked)
+def _confirmed(ipsec: Mapping[str, Any]) -> str:
+    """Whether the IKE daemon vouches for the newest SA."""
+    if ipsec["sa_removed"] is not None:
+        return f"no, {ipsec['sa_end']} at {clock(ipsec['sa_removed'])}"
+    stale = ipsec["sa_stale_s"]
+    return "yes" if stale is None else f"no, not for {duration(stale)}"
 
 
-def clock(epoch: float) -> str:
-    """A time of day."""
-    return time.strftime("%H:%M:%S", time.localtime(epoch))
+def _ike_values(sa: Mapping[str, Any]) -> Iterable[tuple[str, object]]:
+    yield "version, messages, retransmitted", f"{sa['version']}, {sa['messages']}, {sa['retransmits']}"
+    yield "last exchange", f"{sa['last_exchange']} at {clock(sa['last_seen'])}"
+    yield "exchange for a CHILD_SA answered", f"at {clock(sa['completed'])}" if sa["completed"] else "not seen"
+    yield "on port 4500 since", clock(sa["floated"]) if sa["floated"] else "never"
 
 
-def _spi_table(session: Mapping[str, Any]) -> list[str]:
+def _beside(session: Mapping[str, Any]) -> Iterable[tuple[str, object]]:
+    for other in session.get("linked", ()):
+        state = f"ended ({other['end_reason']})" if other["state"] == "INIT" else other["state"]
+        yield f"session {other['id']}", f"{other['application']}, {state}"
+    if count := session.get("nat_keepalives"):
+        yield "NAT keepalives", count
+
+
+# --- tables of SPIs -----------------------------------------------------------------------------------------
+
+_USE_TITLES = ("SPI", "First seen", "Last seen", ">Packets", ">Bytes", ">Lost", ">Late", ">Dup")
+
+
+class _SpiRow(NamedTuple):
+    """One SPI in a table; a row whose first cell is empty belongs to the one above it."""
+
+    first: tuple[str, ...]
+    spi: int
+    use: Mapping[str, Any] | None
+    note: str
+
+
+def _spi_table(session: Mapping[str, Any], width: int) -> list[str]:
     """Each SPI with what it carried and the health that its sequence numbers show; nothing if none was seen."""
     ipsec = session["ipsec"]
     if ipsec.get("generations"):
-        return generation_table(ipsec["generations"])
+        return generation_table(ipsec["generations"], width)
     uses = [(name, use) for name, all_of in ipsec.get("spis", {}).items() for use in all_of]
     if not uses:
         return []
-    table = _table("", "SPI", "First seen", "Last seen", ">Packets", ">Bytes", ">Lost", ">Late", ">Dup", "Pair, story")
-    for name, use in sorted(uses, key=lambda item: item[1]["first_seen"]):
-        table.add_row(name, *_use_cells(use), _story(use))
-    return ["SPIs, as observed on the wire; their numbers are not authenticated:", *_lines(table)]
-
-
-def _use_cells(use: Mapping[str, Any]) -> list[str]:
-    numbers = use["sequence"]
-    return [
-        spi(use["spi"]),
-        clock(use["first_seen"]),
-        clock(use["last_seen"]),
-        str(use["packets"]),
-        str(use["bytes"]),
-        *(str(numbers[key]) for key in ("lost", "late", "duplicates")),
+    rows = [
+        _SpiRow((name,), use["spi"], use, _story(use))
+        for name, use in sorted(uses, key=lambda item: item[1]["first_seen"])
     ]
+    return ["SPIs, as observed on the wire; not authenticated:", *_spi_lines(("",), rows, "Pair, story", width)]
 
 
 def _story(use: Mapping[str, Any]) -> str:
@@ -197,49 +233,101 @@ def _story(use: Mapping[str, Any]) -> str:
     }
     if "evidence" not in use:
         return ""
-    partner = f"with {use['partner']} ({use['evidence']})" if use["partner"] else use["evidence"]
-    relation = words.get(use["relation"], "").format(use["before"])
+    partner = f"with {spi_hex(use['partner'])} ({use['evidence']})" if use["partner"] else use["evidence"]
+    relation = words.get(use["relation"], "").format(spi_hex(use["before"]) if use["before"] else "")
     return f"{partner}; {relation}" if relation else partner
 
 
-def generation_table(generations: Iterable[Mapping[str, Any]]) -> list[str]:
+def generation_table(generations: Iterable[Mapping[str, Any]], width: int) -> list[str]:
     """The SPI pairs of a tunnel that ends here, oldest first: a rekey is a row that ends where the next begins."""
-    table = _table(
-        "#", "", "SPI", "First seen", "Last seen", ">Packets", ">Bytes", ">Lost", ">Late", ">Dup", "Installed, end"
-    )
+    rows = []
     for number, pair in enumerate(generations, 1):
         end = f"{pair['end']} {clock(pair['removed'])}" if pair["removed"] else "in use"
-        notes = {"in": f"{clock(pair['installed'])}, {end}", "out": ""}
         overlap = pair["overlap_s"]["in"]
-        if overlap is not None:
-            notes["out"] = f"{overlap:.1f} s beside #{number - 1}"
-        for way in ("in", "out"):
-            use = pair[way]
-            unseen = [spi(pair[f"spi_{way}"]), "never", "never", "0", "0", "0", "0", "0"]
-            table.add_row(str(number) if way == "in" else "", way, *(_use_cells(use) if use else unseen), notes[way])
-    return ["SPI generations; sequence numbers as observed, not authenticated:", *_lines(table)]
+        more = ["ESN"] if pair["esn"] else []
+        more += [] if overlap is None else [f"{overlap:.1f} s beside #{number - 1}"]
+        life = f"{clock(pair['installed'])}, {end}"
+        rows.append(_SpiRow((str(number), "in"), pair["spi_in"], pair["in"], life))
+        rows.append(_SpiRow(("", "out"), pair["spi_out"], pair["out"], ", ".join(more)))
+    return [
+        "SPI generations, as observed on the wire; not authenticated:",
+        *_spi_lines(("#", ""), rows, "Installed, end", width),
+    ]
 
 
-def _table(*titles: str) -> Table:
-    """A plain table; a title behind `>` stands to the right."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
+def _spi_lines(first: tuple[str, ...], rows: Sequence[_SpiRow], note_title: str, width: int) -> list[str]:
+    """A table of SPIs; where it is too wide: SPIs in hex only, and the notes below their rows. Then what is odd."""
+    wide = _table(*first, *_USE_TITLES, note_title)
+    for row in rows:
+        wide.add_row(*row.first, spi(row.spi), *_use_cells(row.use), row.note)
+    lines = _lines(wide)
+    if len(lines[0]) > width:
+        narrow = _table(*first, *_USE_TITLES, gap=1)
+        for row in rows:
+            narrow.add_row(*row.first, spi_hex(row.spi), *_use_cells(row.use))
+        lines = _with_notes(_lines(narrow), rows, note_title.lower(), width)
+    return lines + [line for row in rows if row.use for line in _oddities(row.spi, row.use["sequence"], width)]
+
+
+def _with_notes(lines: Sequence[str], rows: Sequence[_SpiRow], title: str, width: int) -> list[str]:
+    """A table's lines, of which three are its title, with the rows' notes between them."""
+    noted = list(lines[:3])
+    notes: list[str] = []
+    for number, (line, row) in enumerate(zip(lines[3:], rows, strict=True), 1):
+        noted.append(line)
+        notes += [row.note] if row.note else []
+        if number == len(rows) or rows[number].first[0]:
+            noted += _wrapped(f"{'':6}{title}: {'; '.join(notes)}", width, 8) if notes else []
+            notes = []
+    return noted
+
+
+def _use_cells(use: Mapping[str, Any] | None) -> list[str]:
+    if use is None:
+        return ["never", "never", *"00000"]
+    numbers = use["sequence"]
+    return [
+        clock(use["first_seen"]),
+        clock(use["last_seen"]),
+        str(use["packets"]),
+        str(use["bytes"]),
+        *(str(numbers[key]) for key in ("lost", "late", "duplicates")),
+    ]
+
+
+def _oddities(number: int, numbers: Mapping[str, Any], width: int) -> list[str]:
+    """What the columns have no place for, of an SPI where there is any of it."""
+    found = [f"late by up to {_times(numbers['depth'], 'number')}"] if numbers["depth"] else []
+    found += [_times(numbers[f"{what}s"], what) for what in ("reset", "wrap", "outlier") if numbers[f"{what}s"]]
+    return textwrap.wrap(f"SPI {spi_hex(number)}: {', '.join(found)}", width) if found else []
+
+
+def _table(*titles: str, gap: int = 2) -> Table:
+    """A plain table, `gap` spaces between its columns; a title behind `>` stands to the right."""
+    table = Table(box=None, padding=(0, gap, 0, 0), header_style="")
     for title in titles:
         table.add_column(title.lstrip(">"), justify="right" if title.startswith(">") else "left", no_wrap=True)
     return table
 
 
-def _lines(table: Table, width: int = 400) -> list[str]:
-    """A table as text, its title between rules."""
+def _lines(table: Table, width: int = 400, title_lines: int = 1) -> list[str]:
+    """A table as text, its title between rules as long as its longest line."""
     page = Console(file=io.StringIO(), width=width, highlight=False, markup=False, emoji=False)
     with page.capture() as capture:
         page.print(table)
     lines = [line.rstrip() for line in capture.get().splitlines()]
-    return [_RULE, lines[0], _RULE, *lines[1:]]
+    rule = "-" * max(map(len, lines))
+    return [rule, *lines[:title_lines], rule, *lines[title_lines:]]
 
 
 def spi(number: int) -> str:
     """An SPI in decimal, as sessions show it, and in hex, as charon and tcpdump do."""
-    return f"{number} (0x{number:08x})"
+    return f"{number} ({spi_hex(number)})"
+
+
+def spi_hex(number: int) -> str:
+    """An SPI in hex alone, where there is no room for both."""
+    return f"0x{number:08x}"
 
 
 # --- show session info, counters, tunnels, system ---------------------------------------------------------
@@ -322,62 +410,77 @@ def tunnels(answer: Mapping[str, Any], width: int) -> str:
     head = _source_line(answer["source"])
     if not answer["tunnels"]:
         return f"{head}\nNo tunnel ends on this host."
+    lines = _lines(_tunnel_table(answer["tunnels"], spi), title_lines=2)
+    if len(lines[0]) > width:
+        lines = _lines(_tunnel_table(answer["tunnels"], spi_hex), max(width, 60), title_lines=2)
+    return "\n".join([head, *lines])
+
+
+def _tunnel_table(tunnels: Iterable[Mapping[str, Any]], name: Callable[[int], str]) -> Table:
+    """A table of SAs, two lines each; names and addresses are folded where they find no room."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
-    for title in ("IKE / CHILD_SA", "Local / Remote"):
-        table.add_column(title, overflow="fold")
-    for title in ("SPI in / out", "Session", "Age", "SA"):
+    for titles in (("IKE_SA", "CHILD_SA"), ("Local", "Remote")):
+        table.add_column("\n".join(titles), overflow="fold", min_width=max(map(len, titles)))
+    for title in ("SPI in\nSPI out", "Session", "Age", "SA"):
         table.add_column(title, no_wrap=True)
-    for tunnel in answer["tunnels"]:
+    for tunnel in tunnels:
         nat_t = [f"[{port}]" for port in tunnel["nat_t_ports"] or ()] or ["", ""]
         stale = tunnel["stale_s"]
         table.add_row(
             f"{tunnel['ike_sa']}\n{tunnel['child_sa']}",
             f"{tunnel['local']}{nat_t[0]}\n{tunnel['remote']}{nat_t[1]}",
-            f"{spi(tunnel['spi_in'])}\n{spi(tunnel['spi_out'])}",
+            f"{name(tunnel['spi_in'])}\n{name(tunnel['spi_out'])}",
             str(tunnel["session"] or "none"),
             duration(tunnel["age_s"]),
             "fresh" if stale is None else f"stale {duration(stale)}",
         )
-    return "\n".join([head, *_lines(table, width)])
+    return table
 
 
-def tunnel_detail(answer: Mapping[str, Any]) -> str:
+def tunnel_detail(answer: Mapping[str, Any], width: int = _PAGE) -> str:
     """`show tunnel detail`: each tunnel that ends here, its SPI generations, both counts, and what is wrong."""
     lines = [_source_line(answer["source"])]
     if not answer["tunnels"]:
         lines.append("No tunnel ends on this host.")
     for tunnel in answer["tunnels"]:
-        lines += [
-            "",
-            f"Tunnel {tunnel['ike_sa']}/{tunnel['child_sa']} (reqid {tunnel['reqid']}, {tunnel['mode'].lower()} mode)",
-            _fact("local", f"{tunnel['local']} ({tunnel['local_id']})"),
-            _fact("remote", f"{tunnel['remote']} ({tunnel['remote_id']})"),
-            _fact("session", f"{tunnel['session']} ({tunnel['state']}), {_times(tunnel['rekeys'], 'rekey')}"),
-        ]
-        if tunnel["nat_t_ports"]:
-            lines.append(_fact("NAT-T", "UDP ports " + " to ".join(map(str, tunnel["nat_t_ports"]))))
-        in_use = [pair for pair in tunnel["generations"] if not pair["removed"]]
-        lines += [_fact("packets", _against(pair)) for pair in in_use if pair["strongswan"]]
-        lines += [_fact("trouble", finding["text"]) for finding in tunnel["findings"]] or [_fact("trouble", "none")]
-        lines += generation_table(tunnel["generations"])
+        reqid, mode = tunnel["reqid"], tunnel["mode"].lower()
+        lines += ["", f"Tunnel {tunnel['ike_sa']}/{tunnel['child_sa']} (reqid {reqid}, {mode} mode)"]
+        for label, value in _tunnel_values(tunnel):
+            lines += _wrapped(f"  {label:<9}{value}", width, 11)
+        lines += generation_table(tunnel["generations"], width)
     return "\n".join(lines)
+
+
+def _tunnel_values(tunnel: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    ended = tunnel["ended"]
+    state = tunnel["state"] if ended is None else f"ended at {clock(ended)}: {tunnel['end_reason']}"
+    yield "local", f"{tunnel['local']} ({tunnel['local_id']})"
+    yield "remote", f"{tunnel['remote']} ({tunnel['remote_id']})"
+    yield "session", f"{tunnel['session']} ({state}), {_times(tunnel['rekeys'], 'rekey')}"
+    if tunnel["nat_t_ports"]:
+        yield "NAT-T", "UDP ports " + " to ".join(map(str, tunnel["nat_t_ports"]))
+    if ended is not None:
+        return
+    for pair in tunnel["generations"]:
+        if pair["strongswan"] and not pair["removed"]:
+            yield "packets", _against(pair)
+    for finding in tunnel["findings"]:
+        yield "trouble", finding["text"]
+    if not tunnel["findings"]:
+        yield "trouble", "none"
 
 
 def _against(pair: Mapping[str, Any]) -> str:
     """The IKE daemon's counts of an SA pair beside ours, which are as many packets more."""
     theirs = pair["strongswan"]
     return (
-        f"strongSwan counts {theirs['packets_in']} in, {theirs['packets_out']} out on SPI {pair['spi_in']};"
-        f" fwd {theirs['fwd_more_in']:+} in, {theirs['fwd_more_out']:+} out, at {clock(theirs['at'])}"
+        f"SPI {spi_hex(pair['spi_in'])}, {duration(theirs['age_s'])} ago: strongSwan {theirs['packets_in']} in,"
+        f" {theirs['packets_out']} out; fwd {theirs['fwd_more_in']:+} in, {theirs['fwd_more_out']:+} out"
     )
 
 
 def _times(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-def _fact(label: str, value: object) -> str:
-    return f"  {label:<9}{value}"
 
 
 def explanation(answer: Mapping[str, Any], width: int) -> str:
@@ -386,34 +489,45 @@ def explanation(answer: Mapping[str, Any], width: int) -> str:
     for group in answer["groups"]:
         lines.append(f"{group['heading'].capitalize()}:")
         for sentence in group["sentences"]:
-            lines += textwrap.wrap(sentence, width, initial_indent="  ", subsequent_indent="    ")
+            lines += _wrapped(f"  {sentence}", width, 4)
     return "\n".join(lines)
 
 
-def event(event: Mapping[str, Any]) -> str:
-    """One line of `monitor`."""
-    fraction = int(event["time"] % 1 * 1000)
-    head = f"{clock(event['time'])}.{fraction:03} {event['event']:<9} "
-    if event["event"] == "counter":
-        return f"{head} {event['counter']} +{event['amount']} = {event['value']}  ({event['description']})"
-    if event["event"] == "missed":
-        return f"{head} {event['count']} events were forgotten before they were read"
-    if event["event"] == "stale":
-        return f"{head} strongSwan " + ("answers again" if event["over"] else f"is away: {event['reason']}")
-    flow = f"{event['source']}[{event['sport']}] -> {event['destination']}[{event['dport']}]"
-    words = [f"session {event['id']} {event['application']} {flow}"]
-    if event["tunnel"]:
-        words.append(event["tunnel"])
+def event(event: Mapping[str, Any], width: int = _PAGE) -> str:
+    """One event of `monitor`; what is too long for a line goes on in the next."""
+    head = f"{clock(event['time'])}.{int(event['time'] % 1 * 1000):03} {event['event']:<9} "
+    return "\n".join(_wrapped(head + _event_text(event), width, len(head)))
+
+
+def _event_text(event: Mapping[str, Any]) -> str:
+    match event["event"]:
+        case "counter":
+            # What is wrong with a tunnel stands in an event of its own.
+            about = "" if event["counter"].startswith("tunnel_") else f" ({event['description']})"
+            return f"{event['counter']} +{event['amount']} = {event['value']}{about}"
+        case "missed":
+            return f"{event['count']} events were forgotten before they were read"
+        case "stale":
+            return "strongSwan " + ("answers again" if event["over"] else f"is away: {event['reason']}")
+    ends = (("source", "sport"), ("destination", "dport"))
+    flow = " -> ".join(f"{event[end]}[{_port(event[port])}]" for end, port in ends)
+    who = f"session {event['id']} {event['tunnel'] or event['application'] + ' ' + flow}"
     match event["event"]:
         case "rekeyed":
-            words.append(f"new SPIs: in {spi(event['spi_in'])}, out {spi(event['spi_out'])}")
+            return f"{who}: in {spi_hex(event['spi_in'])}, out {spi_hex(event['spi_out'])}"
         case "ended":
-            words.append(f"{event['end_reason']}, {event['packets']} packets, {event['bytes']} bytes")
+            packets, size = _times(event["packets"], "packet"), _times(event["bytes"], "byte")
+            return f"{who}: {event['end_reason']}, {packets}, {size}"
+        case "absorbed":
+            return f"{who}: absorbed into session {event['into']}"
         case "trouble":
-            words.append(f"no more {event['trouble']}" if event["over"] else event["text"])
-        case _:
-            words.append(f"rule {event['rule']}")
-    return f"{head} {'; '.join(words)}"
+            return f"{who}: " + (f"no more {event['trouble']}" if event["over"] else event["text"])
+    return f"{who}{' ' + flow if event['tunnel'] else ''}, rule {event['rule']}"
+
+
+def _port(number: int) -> str:
+    """A port, or the SPI that stands in its place."""
+    return str(number) if number <= 0xFFFF else spi_hex(number)
 
 
 def system_info(facts: Mapping[str, object]) -> str:

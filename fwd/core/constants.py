@@ -77,6 +77,9 @@ FORMER_SPIS_KEPT: Final = 4096
 #: CHILD_SAs of a tunnel that its session remembers, those that are gone included.
 GENERATIONS_KEPT: Final = 32
 
+#: Sessions of the same peers that have ended which a session is shown with.
+LINKED_ENDED: Final = 8
+
 #: Keys of SPIs that nobody knows which may lead to one generic session; the oldest gives way.
 UNKNOWN_SPI_KEYS: Final = 32
 

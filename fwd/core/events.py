@@ -1,13 +1,13 @@
-"""What the core has to tell: each event names the session as it is when the event is read."""
+"""What the core has to tell: each event names the session, which goes on changing; `frozen` keeps it as it was."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from .health import Finding
 from .sa import ChildSa
-from .session import Session
+from .session import Flow, Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,14 @@ class SessionDiscarded:
     """A session was denied: its packets are dropped from now on."""
 
     session: Session
+
+
+@dataclass(frozen=True, slots=True)
+class SessionAbsorbed:
+    """A session is part of another one from now on, whose id is `into`: its counts, and its packets to come."""
+
+    session: Session
+    into: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +82,40 @@ class CounterRose:
 
 
 SessionEvent: TypeAlias = (
-    SessionCreated | SessionPromoted | SessionRekeyed | SessionDiscarded | SessionEnded | TunnelTrouble
+    SessionCreated
+    | SessionPromoted
+    | SessionRekeyed
+    | SessionDiscarded
+    | SessionAbsorbed
+    | SessionEnded
+    | TunnelTrouble
 )
 Event: TypeAlias = SessionEvent | TunnelsStale | CounterRose
+
+
+def frozen(event: Event) -> Event:
+    """The event with its session as it is now: what identifies it and what it has counted, without its records."""
+    if isinstance(event, TunnelsStale | CounterRose):
+        return event
+    session = event.session
+    c2s, s2c = (
+        Flow(flow.address, flow.zone, flow.port, flow.packet_count, flow.byte_count)
+        for flow in (session.c2s, session.s2c)
+    )
+    then = Session(
+        session.id,
+        session.application,
+        c2s,
+        s2c,
+        session.rule,
+        session.is_terminated,
+        session.ingress,
+        session.egress,
+        session.timeout_s,
+        session.created_at,
+        session.state,
+        session.type,
+        session.end_reason,
+        generations=session.generations[-1:],
+    )
+    return replace(event, session=then)

@@ -26,6 +26,7 @@ from .constants import (
     CLOSE_WATCH_S,
     CLOSE_WATCH_SESSIONS,
     ELEMENT_IDLE_S,
+    LINKED_ENDED,
     LOOK_INTERVAL_S,
     LOOK_MAX_PACKETS,
     LOOK_MIN_PACKETS,
@@ -39,6 +40,7 @@ from .counters import Counters
 from .events import (
     CounterRose,
     Event,
+    SessionAbsorbed,
     SessionCreated,
     SessionDiscarded,
     SessionEnded,
@@ -50,7 +52,7 @@ from .events import (
 from .fast_path import FastPath, Found, Outcome, Reading, Work
 from .gate import CLOSED, IkeGate
 from .health import Finding, Watch, ask_for_counts, compare, note_counts
-from .ike import IkeSa, IkeWatcher, of_tunnel
+from .ike import IkeSa, IkeWatcher, of_tunnel, peers_of
 from .interfaces import InterfaceEvent, InterfaceTable
 from .packet import Kind, Packet, PacketError, packet_of, parse, peek
 from .pairing import SpiSessions, proven_pairs
@@ -406,7 +408,10 @@ class Firewall:
             self.fast_path.learn(carrier.key, carrier.use, carrier.verdict, (packets, octets), now)
 
     def linked(self, session: Session) -> list[Session]:
-        """Other live sessions of the same peers that are part of the same tunnel: ESP, and the IKE beside it."""
+        """Other sessions of the same peers that are part of the same tunnel: ESP, and the IKE beside it.
+
+        Those that have ended are named as long as they are readable, the last LINKED_ENDED of them.
+        """
         a, b = session.client.address, session.server.address
         ids: list[int] = []
         for sa in self.ike_sas(session):
@@ -421,7 +426,9 @@ class Firewall:
         ids += [other.id for other in self.spi_sessions.between(a, b)]
         if session.application is Application.IKE:
             ids += [tunnel.id for tunnel in self._tunnels.between(a, b)]
-        found = (self.table.live(number) for number in dict.fromkeys(ids))
+        ended = (o.id for o in self.table.ended if peers_of(o.client.address, o.server.address) == peers_of(a, b))
+        ids += deque(ended, maxlen=LINKED_ENDED)
+        found = (self.table.find(number) for number in dict.fromkeys(ids))
         return [other for other in found if other is not None and other is not session]
 
     def ike_sas(self, session: Session) -> list[IkeSa]:
@@ -795,6 +802,9 @@ class Firewall:
         provisional = list(dict.fromkeys(other for other in holders.values() if other.is_provisional))
         if is_new and len(self.table) - len(provisional) >= self.table.capacity:
             return  # the first packet tries again, and is counted if there is still no place
+        if is_new and provisional:
+            session.id = min(other.id for other in provisional)
+            session.created_at = min(other.created_at for other in provisional)
         for key, other in holders.items():
             if not other.is_provisional:
                 self._unindex(other, {key})
@@ -802,11 +812,7 @@ class Firewall:
                 is_c2s = self._flows_of(other)[key] is other.c2s
                 self._absorb(other, session, turned=is_c2s != (flows[key] is session.c2s))
         if is_new:
-            if provisional:
-                session.id = min(other.id for other in provisional)
-                session.created_at = min(other.created_at for other in provisional)
-            else:
-                session.id = self.table.allocate_id()
+            session.id = session.id or self.table.allocate_id()
             self._take_in(session, flows)
             self._tunnels.add(sa.tunnel, session)
             self.counters.add("session_predicted")
@@ -862,7 +868,7 @@ class Firewall:
         return {key: flow.session for key, flow in flows.items() if flow is not None and flow.session is not session}
 
     def _absorb(self, provisional: Session, session: Session, turned: bool) -> None:
-        """Move what a provisional session counted to another one; it leaves no trace but its counter.
+        """Move what a provisional session counted to another one.
 
         `turned`: what is c2s there is s2c here.
         """
@@ -874,6 +880,8 @@ class Firewall:
             element.use = flow.note_spi(element.use.spi, element.seen_at)
         session.elements += provisional.elements
         self.counters.add("session_absorbed")
+        if provisional.id != session.id:  # else it goes on under its id
+            self._events.append(SessionAbsorbed(provisional, session.id))
 
     def _promote(self, session: Session, interface: str, zone: str, now: float) -> None:
         """The first packet of an announced session: now the interface is certain, and the rule decides."""

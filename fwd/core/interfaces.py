@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -56,6 +57,11 @@ class InterfaceTable:
         self._names: dict[int, str] = {}
         self._mtus: dict[int, int] = {}
         self._owners: dict[bytes, int] = {}
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names of all interfaces."""
+        return self._names.values()
 
     def name_of(self, index: int) -> str:
         """The interface's name, or `if7` while the kernel has not told it."""

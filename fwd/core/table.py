@@ -56,6 +56,11 @@ class SessionTable:
         """Sessions that ended and are still readable, the oldest end first."""
         return (session for _, session in self._ended.values())
 
+    def ended_at(self, session_id: int) -> float | None:
+        """When a session that is still readable ended, in monotonic seconds; None if it has not."""
+        ended = self._ended.get(session_id)
+        return ended[0] if ended else None
+
     def allocate_id(self, wanted: int | None = None) -> int:
         """The next session id: from 1 upwards, never one that is still readable. Or the wanted one, if it is free."""
         if wanted and 0 < wanted <= _MAX_ID and self.find(wanted) is None:

@@ -64,6 +64,9 @@ def test_json_stands_before_or_after_the_words(daemon):
         "show session info",
         "show counter global",
         "show tunnel",
+        "show tunnel detail",
+        "explain session 1",
+        "explain packet --src 192.0.2.2 --dst 192.0.2.1 --spi 9",
         "show system info",
     ],
 )

@@ -1,5 +1,7 @@
 """`explain`: there is a sentence for every kind of session, in every state, and it is the right one."""
 
+import struct
+
 import pytest
 
 from fwd.core.explain import explain_packet, explain_session
@@ -10,6 +12,7 @@ from fwd.core.session import Application
 from fwd.core.settings import PassThrough, TransitPorts, UnknownSpi
 from tests.builders import (
     ALLOW_ALL,
+    DENY_ALL,
     HERE,
     LEFT,
     PEER,
@@ -22,6 +25,7 @@ from tests.builders import (
     ike,
     packed,
     settings,
+    udp,
 )
 
 SA, NEXT_SA = child_sa(), child_sa(0x1002, 0x2002)
@@ -29,6 +33,11 @@ SA, NEXT_SA = child_sa(), child_sa(0x1002, 0x2002)
 
 def clock(at):
     return f"T{at:.0f}"
+
+
+def ike_message(src, dst, exchange, flags, spi=1):
+    header = struct.pack("!QQBBBBII", spi, 2, 33, 0x20, exchange, flags, 1, 28)
+    return udp(src, dst, 500, 500, header)
 
 
 def explained(bench, session=None):
@@ -171,3 +180,138 @@ def test_a_packet_of_a_session_that_is_there_and_of_one_that_was():
     bench.sas(SaDeleted(SA))
     bench.wait(10)
     assert "belonged to CHILD_SA net of gw, which strongSwan deleted at T1000" in asked(bench, PEER, HERE, SA.spi_in)
+
+
+def test_an_announced_tunnel_that_a_rule_denies_is_not_said_to_pass():
+    bench = Bench(DENY_ALL)
+    bench.sas(SaEstablished(SA))
+    text = explained(bench)
+    assert "it denies" in text["rule"]
+    assert f"SPI {SA.spi_in} (0x00001001) would be dropped by the daemon" in text["next packet"]
+    assert "accepted" not in text["next packet"]
+
+
+def test_an_sa_that_went_after_its_session_had_ended_is_not_said_to_be_there():
+    bench = Bench()
+    bench.sas(SaSnapshot((SA,)))
+    bench.receive(esp(PEER, HERE, SA.spi_in))
+    session = bench.session
+    bench.clear(session)
+    assert "it still says so" in explained(bench, session)["ports"]
+    assert "belong to session 2, which its tunnel has now" in explained(bench, session)["next packet"]
+    bench.wait(3)
+    bench.sas(SaDeleted(SA))
+    assert "installed this pair at T1000, and has deleted it at T1003" in explained(bench, session)["ports"]
+
+
+def test_discarded_for_an_unknown_spi_is_told_from_denied_by_a_rule():
+    bench = Bench(unknown_spi=UnknownSpi.DISCARD)
+    bench.receive(esp(PEER, HERE, 5))
+    bench.wait(6)
+    text = explained(bench)
+    assert "it allows" in text["rule"] and "(unknown-spi = 'discard')" in text["rule"]
+    bench = Bench(DENY_ALL, unknown_spi=UnknownSpi.DISCARD)
+    bench.receive(esp(PEER, HERE, 5))
+    assert "unknown-spi" not in explained(bench)["rule"]
+
+
+def test_an_exchange_that_completed_is_known_after_the_ike_sa_was_rekeyed():
+    bench = Bench()
+    bench.sas(SaEstablished(SA))
+    bench.receive(esp(PEER, HERE, SA.spi_in))
+    bench.receive(ike_message(PEER, HERE, 34, 8))
+    tunnel = bench.sessions[0]
+    assert "No exchange that makes a CHILD_SA was seen to be answered" in explained(bench, tunnel)["what it is"]
+    for message in (35, 36):
+        bench.receive(ike_message(PEER, HERE, message, 8))
+        bench.send(ike_message(HERE, PEER, message, 0x20))
+    bench.receive(ike_message(PEER, HERE, 37, 8, spi=9))
+    text = explained(bench, tunnel)["what it is"]
+    assert "initiator SPI 0000000000000009, and its last exchange was INFORMATIONAL." in text
+    assert "An exchange that makes a CHILD_SA was answered last at T1000." in text
+
+
+def test_a_session_that_ended_is_still_named_beside_the_other():
+    bench = Bench()
+    bench.forward(ike(LEFT, RIGHT))
+    bench.forward(esp(LEFT, RIGHT, 7))
+    one, other = bench.sessions
+    bench.clear(one)
+    assert f"session {one.id} (ike, ended)." in explained(bench, other)["what it is"]
+    bench.clear(other)
+    assert f"session {other.id} (ipsec-esp, ended)." in explained(bench, one)["what it is"]
+
+
+def test_names_keep_their_small_letter_and_numbers_their_plural():
+    bench = Bench()
+    bench.sas(SaSnapshot((SA,)))
+    bench.receive(esp(PEER, HERE, SA.spi_in))
+    bench.sas(SaRekeyed(SA, NEXT_SA))
+    bench.sas(SaSourceLost("gone"))
+    text = explained(bench)
+    assert "changed 1 time by a rekey" in text["what it is"]
+    assert text["trouble"].startswith("strongSwan has not answered")
+
+
+# --- packets ----------------------------------------------------------------------------------------------------
+
+
+def test_a_packet_in_transit_meets_the_rules_for_every_way_it_may_take():
+    bench = Bench(
+        Rule("ike", Action.ALLOW, applications=frozenset({"ike"})),
+        Rule("out", Action.ALLOW, from_zones=frozenset({"trust"})),
+        Rule("right", Action.DENY, destinations=(Prefix(packed(RIGHT), 32),)),
+    )
+    text = asked(bench, LEFT, RIGHT, 7)
+    assert (
+        "From zone trust to untrust: rule 2, 'out', would decide, for 'ike' (application) would not match:"
+        " it would be accepted." in text
+    )
+    assert (
+        "From zone untrust to trust, or from zone untrust to untrust: rule 3, 'right', would decide, for"
+        " 'ike' (application), 'out' (from) would not match: it would be dropped." in text
+    )
+    assert "the default rule 'default' would decide" in asked(bench, RIGHT, LEFT, 7)
+
+
+def test_a_packet_in_transit_is_told_of_the_gate():
+    bench = Bench(pass_through=PassThrough.IKE_GATED, ike_gate_s=100)
+    text = asked(bench, LEFT, RIGHT, 7)
+    assert "it would be accepted, were the IKE gate not closed" in text and "dropped by rule 'ike-gate'" in text
+    bench.firewall.gate.open(packed(LEFT), packed(RIGHT), bench.now + 100)
+    assert "The IKE gate between the two is open until T1100" in asked(bench, LEFT, RIGHT, 7)
+
+
+def test_a_packet_to_this_host_meets_the_rules_of_its_interfaces_zone():
+    bench = Bench(Rule("tunnels", Action.ALLOW, to_zones=frozenset({"untrust"}), applications=frozenset({"ipsec-udp"})))
+    text = asked(bench, PEER, HERE, 9)
+    assert "provisional session in zone untrust" in text
+    assert "Rule 1, 'tunnels', would decide: the packet would be accepted." in text
+    assert "For that, the default rule 'default' would decide, for 'tunnels' (application) would not match" in text
+    bench.firewall.reconfigure(settings(DENY_ALL))
+    assert "Rule 1, 'nothing', would decide: the packet would be dropped." in asked(bench, HERE, PEER, 9)
+
+
+def test_a_packet_of_a_session_is_about_its_own_spi():
+    bench = Bench(fast_path=True)
+    bench.forward(esp(LEFT, RIGHT, 5))
+    bench.forward(esp(LEFT, RIGHT, 6))
+    bench.read_all()
+    text = asked(bench, LEFT, RIGHT, 5)
+    assert "1 packet with this SPI came there, the last at T1000." in text
+    assert "would be accepted by the kernel (fast path)" in text and "SPI 6 " not in text
+    text = asked(bench, LEFT, RIGHT, 77)
+    assert "None with this SPI was seen there yet." in text and "would be accepted by the daemon" in text
+
+
+def test_a_packet_on_the_spi_of_a_pair_that_was_replaced():
+    bench = Bench()
+    bench.sas(SaSnapshot((SA,)))
+    bench.receive(esp(PEER, HERE, SA.spi_in))
+    bench.sas(SaRekeyed(SA, NEXT_SA))
+    bench.sas(SaDeleted(SA))
+    assert "strongSwan replaced its SA at T1000; late packets" in asked(bench, PEER, HERE, SA.spi_in)
+    bench.receive(esp(PEER, HERE, NEXT_SA.spi_in))
+    bench.wait(10)
+    text = asked(bench, PEER, HERE, SA.spi_in)
+    assert f"strongSwan replaced at T1000. Its tunnel goes on in session {bench.session.id}." in text
