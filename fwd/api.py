@@ -134,7 +134,7 @@ class Api:
         try:
             return method.answer(method.params.model_validate(params))
         except ValidationError as error:
-            raise RpcError(INVALID_PARAMS, f"{name}: {'; '.join(explain(error))}") from None
+            raise RpcError(INVALID_PARAMS, f"{name}: {'; '.join(explain(error, method.params))}") from None
         except FilterError as error:
             raise RpcError(INVALID_PARAMS, str(error)) from None
 
