@@ -61,6 +61,10 @@ class Access:
     read_groups: Sequence[str]
     change_groups: Sequence[str]
 
+    def missing_groups(self) -> list[str]:
+        """The groups named that this host does not have."""
+        return [name for name in dict.fromkeys([*self.read_groups, *self.change_groups]) if not _is_group(name)]
+
     def check(self, peer: Peer, right: str) -> None:
         """Raises RpcError FORBIDDEN if the peer has not the right, `read` or `change`."""
         allowed = [*self.change_groups, *(self.read_groups if right == "read" else ())]
@@ -242,6 +246,14 @@ def _error(identity: Any, code: int, message: str) -> bytes:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
+
+
+def _is_group(name: str) -> bool:
+    try:
+        grp.getgrnam(name)
+    except KeyError:
+        return False
+    return True
 
 
 def _peer_of(connection: socket.socket) -> Peer:
