@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import platform
@@ -53,6 +54,8 @@ PACKETS_PER_TURN = 256
 
 #: How often fwd looks whether its rules are still there, in seconds.
 GUARD_INTERVAL_S = 2.0
+#: In every so many of these looks iptables' chains are included, where there are any: programs have to be run for it.
+GUARD_CHAINS_TURNS = 5
 
 #: How long the kernel may take at the start to tell of its interfaces, in seconds.
 INTERFACES_S = 10.0
@@ -111,6 +114,7 @@ class Daemon:
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._queue.close)
             fd = self._queue.open()  # before all else: it fails if another fwd has the queue, whose rules must stay
+            self._ruleset.refuse_anothers()
             stack.push_async_callback(self._control.stop)
             await self._control.open()
             watcher = asyncio.create_task(self._interfaces.run())
@@ -242,11 +246,14 @@ class Daemon:
 
     async def _guard_rules(self) -> None:
         """Put fwd's rules back should anybody flush them: `nft flush ruleset` is common in start scripts."""
-        while True:
+        for turn in itertools.count(1):
             await asyncio.sleep(GUARD_INTERVAL_S)
             self._count_edges()
             try:
-                if not self._ruleset.is_in_place():
+                is_in_place = self._ruleset.is_in_place()
+                if is_in_place and self._ruleset.has_chains and turn % GUARD_CHAINS_TURNS == 0:
+                    is_in_place = await asyncio.to_thread(self._ruleset.are_chains_in_place)
+                if not is_in_place:
                     log.error("somebody removed the rules of fwd; installed again: %s", self._ruleset.install())
                     self._firewall.counters.add("rules_restored")
             except (RulesetError, OSError) as error:
