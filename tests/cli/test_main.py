@@ -1,6 +1,7 @@
 """fwctl as a program, against a real control socket in front of a real core."""
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from fwd.api import Api
+from fwd.cli import client
 from fwd.edge.control import Access, ControlServer
+from fwd.rpc import RpcError
 from tests.builders import LEFT, RIGHT, Bench, esp
 
 FWCTL = Path(sys.executable).parent / "fwctl"
@@ -133,6 +136,28 @@ def test_another_programs_socket_is_no_daemon(tmp_path):
         done = fwctl("show", "tunnel", path=path)
         thread.join(5)
     assert done.returncode == 3 and "Traceback" not in done.stderr
+
+
+def test_what_fwd_says_before_it_hangs_up_is_heard(tmp_path, monkeypatch):
+    path, has_hung_up = tmp_path / "busy.sock", threading.Event()
+    encode = json.dumps
+    monkeypatch.setattr(client.json, "dumps", lambda request: has_hung_up.wait(5) and encode(request))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def refuse():
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b'{"jsonrpc":"2.0","id":null,"error":{"code":-32002,"message":"try again later"}}\n')
+            has_hung_up.set()
+
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        asking = client.Client(str(path))
+        with contextlib.closing(asking), pytest.raises(RpcError, match="try again later"):
+            asking.call("session.info")
+        thread.join(5)
 
 
 def test_a_reader_that_has_enough_is_no_error(daemon):
