@@ -83,7 +83,23 @@ def test_every_filter_key(api, words, found):
         ("session.list", {"filter": {"colour": "red"}}, rpc.INVALID_PARAMS, "no filter key 'colour'"),
         ("session.list", {"filter": {"source": "x/99"}}, rpc.INVALID_PARAMS, "filter source: 'x/99' will not do"),
         ("session.list", {"filter": {"state": "drunk"}}, rpc.INVALID_PARAMS, "want one of init, opening"),
-        ("session.list", {"filter": {"min-kb": "much"}}, rpc.INVALID_PARAMS, "filter min-kb"),
+        *(
+            (
+                "session.list",
+                {"filter": {key: value}},
+                rpc.INVALID_PARAMS,
+                f"filter {key}: '{value}' will not do: want a",
+            )
+            for key in ("min-kb", "min-age", "source-port", "destination-port", "protocol")
+            for value in ("much", "nan", "inf", "-1", "1_0", "\u0661", "1e3", "", " 1", "9" * 5000)
+        ),
+        ("session.list", {"filter": {"source-port": "4294967296"}}, rpc.INVALID_PARAMS, "number from 0 to 4294967295"),
+        (
+            "session.list",
+            {"filter": {"destination": "1.2.3"}},
+            rpc.INVALID_PARAMS,
+            "want an address or a prefix such as",
+        ),
         ("session.clear", {}, rpc.INVALID_PARAMS, "either an id or a filter"),
         ("session.clear", {"id": 1, "filter": {}}, rpc.INVALID_PARAMS, "either an id or a filter"),
         ("session.info", {"what": 1}, rpc.INVALID_PARAMS, "what: no such key"),

@@ -97,7 +97,18 @@ def test_filters(daemon):
         ("show session all filter count maybe", 2, "want yes or no"),
         ("show session all filter source 1.2.3", 2, "filter source: '1.2.3' will not do"),
         ("clear session all filter count yes", 2, "nothing was cleared"),
-        ("show session id zero", 2, "'zero' is not a valid integer"),
+        ("show session id zero", 2, "found 'zero', want a number from 1 to 2147483647"),
+        ("show session id -1", 2, "found '-1', want a number from 1 to 2147483647"),
+        ("show session id 1_0", 2, "found '1_0', want a number"),
+        ("show session all filter min-age -1", 2, "filter min-age: '-1' will not do: want a number such as 60"),
+        ("show session all filter min-kb nan", 2, "filter min-kb: 'nan' will not do: want a number such as 60"),
+        ("show session all filter source-port abc", 2, "'abc' will not do: want a number from 0 to 4294967295"),
+        ("explain packet --src 1.1.1.1 --dst 1.1.1.2 --spi -1", 2, "found '-1', want a number from 1 to 4294967295"),
+        ("explain packet --src 1.1.1.1 --dst 1.1.1.2 --spi 0", 2, "found '0', want a number from 1 to 4294967295"),
+        ("explain packet --src 1.1.1.1 --dst 1.1.1.2 --spi 0x1_0", 2, "found '0x1_0', want a number from 1"),
+        ("explain packet --src 1.1.1.1 --dst 1.1.1.2 --spi 1 --ports 1 70000", 2, "found '70000', want"),
+        ("monitor filter count yes", 2, "count is for 'show session all'"),
+        ("--sokcet /x show tunnel", 2, "No such option"),
         ("show sesion all", 2, "No such command 'sesion'"),
     ],
 )
@@ -105,6 +116,27 @@ def test_exit_status_and_reason(daemon, words, status, reason):
     done = fwctl(*words.split(), path=daemon)
     assert (done.returncode, done.stdout) == (status, "")
     assert reason in done.stderr and "Traceback" not in done.stderr
+    told = done.stderr.splitlines()
+    assert told[0].startswith("fwctl: ") and len(told) <= 2
+    done = fwctl("--json", *words.split(), path=daemon)
+    assert (done.returncode, done.stdout) == (status, "")
+    error = json.loads(done.stderr)["error"]
+    assert reason.removeprefix("fwctl: ") in error["message"] and error["exit_status"] == status
+
+
+@pytest.mark.parametrize("words", ["", "show", "clear session"])
+def test_half_a_command_shows_the_words_that_follow(words):
+    done = fwctl(*words.split())
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("Usage: fwctl")
+
+
+def test_an_answer_that_cannot_be_written_is_told(daemon):
+    environment = {**os.environ, "FWD_SOCKET": str(daemon)}
+    for words in ("show session all", "show session info"):
+        done = subprocess.run(
+            f"{FWCTL} {words} > /dev/full", shell=True, capture_output=True, text=True, env=environment, check=False
+        )
+        assert (done.returncode, done.stderr) == (1, "fwctl: cannot write the answer: No space left on device\n")
 
 
 def test_without_a_daemon_it_says_what_to_do(tmp_path):
@@ -115,8 +147,11 @@ def test_without_a_daemon_it_says_what_to_do(tmp_path):
         listener.bind(str(left))
     assert fwctl("show", "tunnel", path=left).returncode == 3
     (tmp_path / "file").write_text("")
-    done = fwctl("show", "tunnel", path=tmp_path / "file")
-    assert done.returncode == 3 and len(done.stderr.splitlines()) == 1
+    for path in (tmp_path / "file", tmp_path):
+        done = fwctl("show", "tunnel", path=path)
+        assert (done.returncode, done.stderr) == (3, f"fwctl: {path} is no socket: name fwd's --socket\n")
+    done = fwctl("--socket", "", "show", "tunnel")
+    assert done.returncode == 2 and done.stderr.startswith("fwctl: --socket is empty: name fwd's control socket\n")
 
 
 def test_another_programs_socket_is_no_daemon(tmp_path):
