@@ -4,7 +4,7 @@ from fwd import rpc
 from fwd.api import EVENTS_KEPT, Api
 from fwd.core import session_filter
 from fwd.core.events import SessionCreated
-from fwd.core.sa import SaEstablished, SaSourceLost
+from fwd.core.sa import SaEstablished, SaSnapshot, SaSourceAlive, SaSourceLost
 from fwd.rpc import RpcError
 from tests.builders import DENY_ALL, HERE, LEFT, PEER, RIGHT, Bench, child_sa, esp, ike, settings
 
@@ -159,6 +159,15 @@ def test_counts_and_tunnels_and_info(api, bench):
     counters = {counter["name"]: counter["value"] for counter in api.dispatch("counter.list", {})["counters"]}
     assert counters["pkt_recv"] == counters["pkt_session"] == 4
     assert api.dispatch("system.info", {}) == {"hostname": "here"}
+
+
+def test_an_answer_to_a_probe_is_an_answer(api, bench):
+    bench.sas(SaSnapshot((child_sa(),)))
+    bench.now += 22
+    assert api.dispatch("tunnel.list", {})["source"]["last_answer_age_s"] == 22
+    bench.sas(SaSourceAlive())
+    source = api.dispatch("tunnel.list", {})["source"]
+    assert (source["last_answer_age_s"], source["connected"]) == (0, True)
 
 
 def test_only_clearing_changes_anything(api):

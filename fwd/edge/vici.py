@@ -24,7 +24,7 @@ from vici import Session
 from vici.exception import EventUnknownException
 from vici.protocol import RECV_TIMEOUT_DEFAULT, Transport
 
-from ..core.sa import ChildSa, SaDeleted, SaEstablished, SaEvent, SaRekeyed, SaSnapshot, SaSourceLost
+from ..core.sa import ChildSa, SaDeleted, SaEstablished, SaEvent, SaRekeyed, SaSnapshot, SaSourceAlive, SaSourceLost
 
 log = logging.getLogger(__name__)
 
@@ -297,6 +297,7 @@ class ViciListener:
                     yield
                 elif now >= probe_at:
                     asking.version()
+                    self._deliver(SaSourceAlive())
                     probe_at = now + _PROBE_S
                 if name == _EVENT_MOVED.encode():
                     snapshot_at = min(snapshot_at, now + _AFTER_MOVE_S)
