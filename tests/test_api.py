@@ -1,5 +1,6 @@
 import pytest
 
+from fwd import api as api_module
 from fwd import rpc
 from fwd.api import EVENTS_KEPT, Api
 from fwd.core import session_filter
@@ -120,6 +121,15 @@ def test_pages_hold_every_session_once(api, bench):
         found += [session["id"] for session in page["sessions"]]
         after = page["next"]
     assert found == ids(api) == sorted(set(found)) and len(found) == 33
+
+
+def test_a_page_looks_at_so_many_sessions_and_no_more(api, bench, monkeypatch):
+    monkeypatch.setattr(api_module, "LOOKED_AT_ONCE", 3)
+    first = api.dispatch("session.list", {"filter": {"state": "discard"}})
+    assert first == {"sessions": [], "next": 3}
+    last = api.dispatch("session.list", {"filter": {"state": "discard"}, "after": first["next"]})
+    assert ([session["id"] for session in last["sessions"]], last["next"]) == ([4], None)
+    assert api.dispatch("session.list", {"limit": 4, "after": 1})["next"] is None
 
 
 def test_a_terminated_session_in_full(api):

@@ -14,7 +14,8 @@ from typing import Any
 from ..rpc import INTERNAL_ERROR, MAX_ANSWER_BYTES, RpcError
 
 TIMEOUT_S = 10.0
-_PAGE = 500
+#: Sessions in a page: some 8 ms of the daemon's time, in which packets wait.
+_PAGE = 200
 
 #: How often `events` asks for more, in seconds.
 _POLL_S = 0.2

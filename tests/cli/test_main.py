@@ -23,7 +23,7 @@ FWCTL = Path(sys.executable).parent / "fwctl"
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory):
-    """A control socket in a thread of its own; 1,100 sessions, so that three pages are needed."""
+    """A control socket in a thread of its own; 1,100 sessions, so that six pages are needed."""
     path = tmp_path_factory.mktemp("run") / "control.sock"
     bench = Bench()
     bench.forward(esp(LEFT, RIGHT, 7))
