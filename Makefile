@@ -59,7 +59,7 @@ bench: $(READY)
 
 # Only what needs neither root nor a lab.
 unit: $(READY)
-	$(VENV)/bin/python -m pytest tests/core tests/cli tests/test_api.py tests/test_config.py
+	$(VENV)/bin/python -m pytest tests/core tests/cli tests/test_api.py tests/test_config.py tests/test_daemon.py
 
 install:
 	$(call need,$(BUILD_PACKAGES) $(RUN_PACKAGES))
@@ -77,7 +77,7 @@ install:
 	@echo "Installed. Look at /etc/fwd/fwd.toml, then: systemctl enable --now fwd"
 
 uninstall:
-	@if [ -d /run/systemd/system ]; then $(SUDO) systemctl disable --now fwd; fi
+	@if [ -d /run/systemd/system -a -e /etc/systemd/system/fwd.service ]; then $(SUDO) systemctl disable --now fwd; fi
 	$(SUDO) rm -rf $(INSTALLED) /usr/local/share/doc/fwd
 	$(SUDO) rm -f /usr/local/sbin/fwd /usr/local/bin/fwctl /usr/local/lib/sysusers.d/fwd.conf /etc/systemd/system/fwd.service
 	@if [ -d /run/systemd/system ]; then $(SUDO) systemctl daemon-reload; fi

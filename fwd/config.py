@@ -5,13 +5,16 @@ The models below are the reference of what the file may say; pydantic does the c
 
 from __future__ import annotations
 
+import difflib
+import os
+import stat
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .core.policy import Action, Policy, Prefix, Rule, Zones
 from .core.session import Application
@@ -19,13 +22,47 @@ from .core.settings import DEFAULT_TIMEOUTS, PassThrough, Settings, TransitPorts
 
 DEFAULT_PATH = Path("/etc/fwd/fwd.toml")
 
+_ANY = "any"
+_Item = TypeVar("_Item")
+
+
+def _socket_path(path: str) -> str:
+    if not path.startswith("/") or path.endswith("/") or "\0" in path or len(os.fsencode(path)) > _SUN_PATH_BYTES:
+        raise ValueError(f"found {_shown(path)}; want a path from / on, with {_SUN_PATH_BYTES} bytes at most")
+    return path
+
+
+def _prefix(text: str) -> str:
+    if text != _ANY:
+        try:
+            _network(text)
+        except ValueError as error:
+            raise ValueError(
+                f"found {_shown(text)}; want an address or a prefix such as 192.0.2.0/24 ({error})"
+            ) from None
+    return text
+
+
+def _network(text: str) -> IPv4Network | IPv6Network:
+    return (IPv6Network if ":" in text else IPv4Network)(text)
+
+
+def _not_empty(items: list[_Item]) -> list[_Item]:
+    if not items:
+        raise ValueError("found []; want one entry at least: to match everything, leave the key out or write 'any'")
+    return items
+
+
 Name = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Interface = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\s/]+$")]
 Seconds = Annotated[int, Field(ge=1, le=604800)]
-#: A unix socket's path, bounded by sun_path (unix(7)).
-SocketPath = Annotated[str, Field(pattern="^/", max_length=107)]
+SocketPath = Annotated[str, AfterValidator(_socket_path)]
+#: What a rule matches by: at least one.
+Matches = Annotated[list[_Item], AfterValidator(_not_empty)]
+Prefixes = Matches[Annotated[str, AfterValidator(_prefix)]]
 
-_ANY = "any"
+#: What sun_path holds beside the zero at its end (unix(7)).
+_SUN_PATH_BYTES = 107
 
 
 class ConfigError(Exception):
@@ -83,20 +120,14 @@ class RuleSection(Section):
     """One rule; a field left out, or `any` in it, matches everything."""
 
     name: Name
-    from_: list[Name] = [_ANY]
-    to: list[Name] = [_ANY]
-    source: list[str] = [_ANY]
-    destination: list[str] = [_ANY]
-    application: list[Literal["ipsec-esp", "ipsec-udp", "ipsec-esp-udp", "ike", "any"]] = ["any"]
+    from_: Matches[Name] = [_ANY]
+    to: Matches[Name] = [_ANY]
+    source: Prefixes = [_ANY]
+    destination: Prefixes = [_ANY]
+    application: Matches[Literal["ipsec-esp", "ipsec-udp", "ipsec-esp-udp", "ike", "any"]] = ["any"]
     action: Literal["allow", "deny"]
     log_at_end: bool = True
     inspect: Literal["first-packet", "every-packet"] = "first-packet"
-
-    @model_validator(mode="after")
-    def _prefixes_parse(self) -> RuleSection:
-        _prefixes(self.source, "source")
-        _prefixes(self.destination, "destination")
-        return self
 
     def build(self) -> Rule:
         """The rule as the core wants it."""
@@ -106,8 +137,8 @@ class RuleSection(Section):
             self.log_at_end,
             _unless_any(self.from_),
             _unless_any(self.to),
-            _prefixes(self.source, "source"),
-            _prefixes(self.destination, "destination"),
+            _prefixes(self.source),
+            _prefixes(self.destination),
             _unless_any(self.application),
             self.inspect == "every-packet",
         )
@@ -154,6 +185,19 @@ class Config(Section):
     vici: Vici = Vici()
     control: Control = Control()
     log: Log = Log()
+
+    @model_validator(mode="after")
+    def _zones_agree(self) -> Config:
+        if _ANY in self.zones:
+            raise ValueError("zones.any: found a zone 'any', which means every zone; want another name")
+        zone_of: dict[str, str] = {}
+        for zone, patterns in self.zones.items():
+            for pattern in patterns:
+                if zone_of.setdefault(pattern, zone) != zone:
+                    raise ValueError(
+                        f"zones.{zone}: found '{pattern}', which zone '{zone_of[pattern]}' has; want it in one zone"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _names_agree(self) -> Config:
@@ -211,30 +255,44 @@ class Config(Section):
 
 def load(path: Path | None) -> Config:
     """Read and check a file; None means DEFAULT_PATH, which need not exist. Raises ConfigError."""
-    if path is None and not DEFAULT_PATH.exists():
-        return Config()
     source = path or DEFAULT_PATH
     try:
-        return Config.model_validate(tomllib.loads(source.read_text("utf-8")))
+        return Config.model_validate(tomllib.loads(_text(source)))
     except OSError as error:
+        if path is None and isinstance(error, FileNotFoundError):
+            return Config()
         raise ConfigError(f"{source}: {error.strerror}: give --config a file that can be read") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{source}: byte {error.start} is not UTF-8, which TOML wants") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source}: not TOML: {error}") from None
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{source}: {line}" for line in explain(error))) from None
+        raise ConfigError("\n".join(f"{source}: {line}" for line in explain(error, Config))) from None
+    except RecursionError:
+        raise ConfigError(f"{source}: arrays or tables are nested too deeply") from None
+    except ValueError:  # of all that TOML can say, Python's int() only takes offence at this
+        raise ConfigError(f"{source}: a number has too many digits") from None
 
 
-def explain(error: ValidationError) -> Iterable[str]:
-    """What pydantic found wrong, a line each: the key, what was found, what is wanted."""
-    for problem in error.errors():
+def _text(path: Path) -> str:
+    """What is in a file, and in nothing that one may have to wait for. Raises OSError or UnicodeDecodeError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, encoding="utf-8") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(0, "not a regular file")
+        return file.read()
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> Iterable[str]:
+    """What pydantic found wrong in a model, a line each: the key, what was found, what is wanted."""
+    for problem in error.errors(include_url=False):
         key = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "value_error":  # raised by a validator here, which names the key itself
+        if problem["type"] == "value_error":  # raised by a validator here; one of the whole file names the key itself
             message = str(problem["ctx"]["error"])
-            yield f"{key}.{message}" if key else message
+            yield f"{key}: {message}" if key else message
         elif problem["type"] == "extra_forbidden":
-            yield f"{key}: no such key here: see 'Configuration' in the README for those there are"
+            *section, name = problem["loc"]
+            yield f"{key}: no such key here; {_instead(str(name), _keys(model, section))}"
         elif problem["type"] == "missing":
             yield f"{key}: missing; it has no default"
         else:
@@ -244,8 +302,27 @@ def explain(error: ValidationError) -> Iterable[str]:
             yield f"{key}: found {_shown(problem['input'])}; {wanted}"
 
 
+def _keys(model: type[BaseModel], path: Iterable[int | str]) -> Sequence[str]:
+    """The keys that there are at this place of a model."""
+    for part in path:
+        if isinstance(part, str):  # else it is one of a list
+            annotation = next(f.annotation for name, f in model.model_fields.items() if part in (f.alias, name))
+            kinds = (annotation, *get_args(annotation))
+            model = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _instead(name: str, keys: Sequence[str]) -> str:
+    there = f"there are: {', '.join(keys)}" if keys else "there are none"
+    near = difflib.get_close_matches(name, keys, 1)
+    return f"did you mean '{near[0]}'? {there}" if near else there
+
+
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # too deep, or a number of too many digits
+        return "too much to show"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -254,17 +331,7 @@ def _unless_any(names: Iterable[str]) -> frozenset[str]:
     return frozenset() if _ANY in chosen else chosen
 
 
-def _prefixes(texts: list[str], key: str) -> tuple[Prefix, ...]:
-    """The prefixes named; none at all if one of them is `any`. Raises ValueError that names the key."""
-    if _ANY in texts:
-        return ()
-    prefixes = []
-    for index, text in enumerate(texts):
-        try:
-            network = (IPv6Network if ":" in text else IPv4Network)(text)
-        except ValueError as error:
-            raise ValueError(
-                f"{key}.{index}: found '{text}'; want an address or a prefix such as 192.0.2.0/24 ({error})"
-            ) from None
-        prefixes.append(Prefix(network.network_address.packed, network.prefixlen))
-    return tuple(prefixes)
+def _prefixes(texts: list[str]) -> tuple[Prefix, ...]:
+    """The prefixes named; none at all if one of them is `any`."""
+    networks = [] if _ANY in texts else map(_network, texts)
+    return tuple(Prefix(network.network_address.packed, network.prefixlen) for network in networks)

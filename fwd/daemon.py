@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import platform
@@ -39,7 +40,7 @@ from .core.sa import SaEvent, SaSnapshot, SaSourceLost
 from .core.session import Session
 from .edge import systemd
 from .edge.control import Access, ControlError, ControlServer
-from .edge.interfaces import InterfaceWatcher
+from .edge.interfaces import InterfaceError, InterfaceWatcher
 from .edge.kernel_path import KernelPath
 from .edge.nfqueue import PacketQueue, QueueError
 from .edge.queue_stats import kernel_queue_stats
@@ -53,6 +54,14 @@ PACKETS_PER_TURN = 256
 
 #: How often fwd looks whether its rules are still there, in seconds.
 GUARD_INTERVAL_S = 2.0
+#: In every so many of these looks iptables' chains are included, where there are any: programs have to be run for it.
+GUARD_CHAINS_TURNS = 5
+
+#: How long the kernel may take at the start to tell of its interfaces, in seconds.
+INTERFACES_S = 10.0
+
+#: After a timer met a defect, the next one comes so much later, in seconds.
+TIMER_RETRY_S = 1.0
 
 #: Exit status of a daemon that left its rules and the kernel's fast path to a successor; the unit knows it.
 HANDED_OVER = 10
@@ -89,6 +98,7 @@ class Daemon:
             Path(config.control.socket), self._control_request, self._api.rights, _access(config)
         )
         self._timer: asyncio.TimerHandle | None = None
+        self._no_timer_before = 0.0
         self._stop = asyncio.Event()
         self._is_ready = False
         self._is_reload_due = False
@@ -96,16 +106,22 @@ class Daemon:
         self._loop = asyncio.get_running_loop()
 
     async def run(self) -> int:
-        """Work until a signal ends it; gives the exit status. Raises QueueError, RulesetError or ControlError."""
+        """Work until a signal ends it; gives the exit status.
+
+        Raises QueueError, RulesetError, InterfaceError or ControlError.
+        """
         self._take_signals()
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._queue.close)
             fd = self._queue.open()  # before all else: it fails if another fwd has the queue, whose rules must stay
+            self._ruleset.refuse_anothers()
             stack.push_async_callback(self._control.stop)
             await self._control.open()
             watcher = asyncio.create_task(self._interfaces.run())
             stack.callback(watcher.cancel)
-            await self._interfaces.ready.wait()
+            await self._wait_for_interfaces()
+            if self._stop.is_set():
+                return 0
             stack.callback(self._leave)
             log.info("rules installed: %s", self._ruleset.install())
             self._start_fast_path()
@@ -127,6 +143,18 @@ class Daemon:
             systemd.notify("STOPPING=1")
             log.info("handing over" if self._is_handing_over else "stopping")
         return HANDED_OVER if self._is_handing_over else 0
+
+    async def _wait_for_interfaces(self) -> None:
+        """Until they are known, or a signal says to stop. Raises InterfaceError."""
+        waits = [asyncio.create_task(event.wait()) for event in (self._interfaces.ready, self._stop)]
+        await asyncio.wait(waits, timeout=INTERFACES_S, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        if not self._interfaces.ready.is_set() and not self._stop.is_set():
+            raise InterfaceError(
+                f"the kernel did not tell of its interfaces within {INTERFACES_S:g} s: is rtnetlink (AF_NETLINK) denied"
+                " to this process? the log says what it answered"
+            )
 
     def _take_signals(self) -> None:
         """From now on no signal kills: one that comes during the start waits for its end."""
@@ -186,21 +214,28 @@ class Daemon:
             self._after_turn()
 
     def _run_timer(self) -> None:
-        self._firewall.handle_timer(time.monotonic())
         self._timer = None
+        try:
+            self._firewall.handle_timer(time.monotonic())
+        except Exception:
+            log.exception("a timer met a defect of fwd; the next one comes in %g s", TIMER_RETRY_S)
+            self._firewall.counters.add("timer_internal_error")
+            self._no_timer_before = time.monotonic() + TIMER_RETRY_S
         self._after_turn()
 
     def _after_turn(self) -> None:
         """Tell what happened, and be called again when the core wants it."""
-        self._serve_kernel()
-        while (event := self._firewall.next_event()) is not None:
-            self._api.note_event(event)
-            _log_event(event)
-        deadline = self._firewall.next_deadline()
-        if self._timer is None or deadline < self._timer.when():
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = self._loop.call_at(deadline, self._run_timer)
+        try:
+            self._serve_kernel()
+            while (event := self._firewall.next_event()) is not None:
+                self._api.note_event(event)
+                _log_event(event)
+        finally:
+            deadline = max(self._firewall.next_deadline(), self._no_timer_before)
+            if self._timer is None or deadline < self._timer.when():
+                if self._timer is not None:
+                    self._timer.cancel()
+                self._timer = self._loop.call_at(deadline, self._run_timer)
 
     # --- what the service manager and the operator ask ------------------------------------------------
 
@@ -211,15 +246,18 @@ class Daemon:
 
     async def _guard_rules(self) -> None:
         """Put fwd's rules back should anybody flush them: `nft flush ruleset` is common in start scripts."""
-        while True:
+        for turn in itertools.count(1):
             await asyncio.sleep(GUARD_INTERVAL_S)
             self._count_edges()
             try:
-                if not self._ruleset.is_in_place():
+                is_in_place = self._ruleset.is_in_place()
+                if is_in_place and self._ruleset.has_chains and turn % GUARD_CHAINS_TURNS == 0:
+                    is_in_place = await asyncio.to_thread(self._ruleset.are_chains_in_place)
+                if not is_in_place:
                     log.error("somebody removed the rules of fwd; installed again: %s", self._ruleset.install())
                     self._firewall.counters.add("rules_restored")
-            except RulesetError as error:
-                log.error("somebody removed the rules of fwd: %s", error)
+            except (RulesetError, OSError) as error:
+                log.error("the rules of fwd cannot be seen to: %s", error)
 
     def _reload(self) -> None:
         """Read the configuration again, whole or not at all; during the start, as soon as that is done."""
@@ -228,25 +266,28 @@ class Daemon:
             return
         systemd.reloading()
         try:
-            config = load(self._config_path)
-            before, after = self._config.restart_keys(), config.restart_keys()
-            fixed = [key for key, value in before.items() if after[key] != value]
-            if fixed:
-                raise ConfigError(f"{', '.join(fixed)}: only a restart changes this; nothing was changed")
-            if config.dataplane.fail != self._config.dataplane.fail:
-                log.info("rules installed: %s", self._ruleset.change(config.dataplane.fail == "open"))
+            self._take_configuration(load(self._config_path))
         except (ConfigError, RulesetError) as error:
             for line in str(error).splitlines():
                 log.error("not reloaded: %s", line)
-        else:
-            self._config = config
-            self._firewall.reconfigure(config.settings())
-            if self._kernel is not None:
-                self._firewall.use_fast_path(config.dataplane.fast_path == "auto")
-            self._control.access = _access(config)
-            logging.getLogger().setLevel(config.log.level.upper())
-            log.info("reloaded: %d rules", len(config.rules))
-        systemd.notify("READY=1", f"STATUS={self._summary()}")
+        finally:  # whatever else went wrong: systemd waits for this
+            systemd.notify("READY=1", f"STATUS={self._summary()}")
+
+    def _take_configuration(self, config: Config) -> None:
+        """Go on with another configuration. Raises ConfigError or RulesetError, and then nothing has changed."""
+        before, after = self._config.restart_keys(), config.restart_keys()
+        fixed = [key for key, value in before.items() if after[key] != value]
+        if fixed:
+            raise ConfigError(f"{', '.join(fixed)}: only a restart changes this; nothing was changed")
+        if config.dataplane.fail != self._config.dataplane.fail:
+            log.info("rules installed: %s", self._ruleset.change(config.dataplane.fail == "open"))
+        self._config = config
+        self._firewall.reconfigure(config.settings())
+        if self._kernel is not None:
+            self._firewall.use_fast_path(config.dataplane.fast_path == "auto")
+        self._control.access = _access(config)
+        logging.getLogger().setLevel(config.log.level.upper())
+        log.info("reloaded: %d rules", len(config.rules))
 
     def _hand_over_and_stop(self) -> None:
         self._is_handing_over = True
@@ -331,11 +372,14 @@ class Daemon:
 
 def _source(path: Path | None) -> str:
     """Where the configuration comes from, in words."""
-    return str(path or (DEFAULT_PATH if DEFAULT_PATH.exists() else "built-in default"))
+    return str(path or (DEFAULT_PATH if os.access(DEFAULT_PATH, os.F_OK) else "built-in default"))
 
 
 def _access(config: Config) -> Access:
-    return Access(config.control.read_groups, config.control.change_groups)
+    access = Access(config.control.read_groups, config.control.change_groups)
+    if missing := access.missing_groups():
+        log.warning("[control] names groups that do not exist here: %s", ", ".join(missing))
+    return access
 
 
 def _duration(seconds: float) -> str:
@@ -431,7 +475,7 @@ def main(config_path: Path | None, check: bool, remove_rules: bool) -> None:
             return
         _set_up_logging(config.log.level)
         sys.exit(asyncio.run(_run(config, config_path)))
-    except (ConfigError, ControlError, QueueError, RulesetError) as error:
+    except (ConfigError, ControlError, InterfaceError, QueueError, RulesetError) as error:
         raise click.ClickException(str(error)) from None
 
 

@@ -86,7 +86,7 @@ def up(topology: str, name: str | None, config: Path | None) -> None:
     try:
         entry = Running.of(name, topology, testbed.sandbox.first_pid)
         entry.save()
-        testbed.start_fwd(config.read_text() if config else None)
+        testbed.start_fwd(_text(config) if config else None)
         testbed.initiate()
         testbed.sandbox.release()
     except BaseException:
@@ -101,6 +101,13 @@ def up(topology: str, name: str | None, config: Path | None) -> None:
         ping = f"ping -c 3 -I {source} {destination}"
         click.echo(f"  python -m lab shell {name} {tunnel.initiator} {ping}   # tunnel {tunnel.name}")
     click.echo(f"  python -m lab down {name}")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise LabError(f"{path}: byte {error.start} is not UTF-8: want a TOML file for fwd") from None
 
 
 @lab.command()
@@ -126,6 +133,8 @@ def shell(name: str, host: str, command: tuple[str, ...]) -> None:
       python -m lab shell demo fwd tcpdump -ni to-peer esp
     """
     entry = find(name)
+    if entry.topology not in names():
+        raise LabError(f"lab {name} has a topology {entry.topology}, which this checkout has not: use the one it is of")
     hosts = [plan.name for plan in load(entry.topology).hosts]
     if host not in hosts:
         raise LabError(f"lab {name} has no host {host}; there are: {', '.join(hosts)}")
@@ -140,7 +149,8 @@ def shell(name: str, host: str, command: tuple[str, ...]) -> None:
 def list_() -> None:
     """Show which labs run and which topologies there are."""
     for entry in running():
-        hosts = ", ".join(plan.name for plan in load(entry.topology).hosts)
+        is_known = entry.topology in names()  # else it was started from another checkout
+        hosts = ", ".join(plan.name for plan in load(entry.topology).hosts) if is_known else "unknown here"
         click.echo(f"runs: {entry.name} (topology {entry.topology}; hosts {hosts}; first process {entry.first_pid})")
     for topology in names():
         click.echo(f"topology: {topology:<11} {summary(topology)}")

@@ -1,10 +1,11 @@
 import pytest
 
+from fwd import api as api_module
 from fwd import rpc
 from fwd.api import EVENTS_KEPT, PAIRS_PER_PAGE, Api
 from fwd.core import session_filter
 from fwd.core.events import SessionCreated
-from fwd.core.sa import SaDeleted, SaEstablished, SaRekeyed, SaSnapshot, SaSourceLost
+from fwd.core.sa import SaDeleted, SaEstablished, SaRekeyed, SaSnapshot, SaSourceAlive, SaSourceLost
 from fwd.rpc import RpcError
 from tests.builders import DENY_ALL, HERE, LEFT, PEER, RIGHT, Bench, child_sa, esp, ike, settings, udp
 
@@ -83,7 +84,23 @@ def test_every_filter_key(api, words, found):
         ("session.list", {"filter": {"colour": "red"}}, rpc.INVALID_PARAMS, "no filter key 'colour'"),
         ("session.list", {"filter": {"source": "x/99"}}, rpc.INVALID_PARAMS, "filter source: 'x/99' will not do"),
         ("session.list", {"filter": {"state": "drunk"}}, rpc.INVALID_PARAMS, "want one of init, opening"),
-        ("session.list", {"filter": {"min-kb": "much"}}, rpc.INVALID_PARAMS, "filter min-kb"),
+        *(
+            (
+                "session.list",
+                {"filter": {key: value}},
+                rpc.INVALID_PARAMS,
+                f"filter {key}: '{value}' will not do: want a",
+            )
+            for key in ("min-kb", "min-age", "source-port", "destination-port", "protocol")
+            for value in ("much", "nan", "inf", "-1", "1_0", "\u0661", "1e3", "", " 1", "9" * 5000)
+        ),
+        ("session.list", {"filter": {"source-port": "4294967296"}}, rpc.INVALID_PARAMS, "number from 0 to 4294967295"),
+        (
+            "session.list",
+            {"filter": {"destination": "1.2.3"}},
+            rpc.INVALID_PARAMS,
+            "want an address or a prefix such as",
+        ),
         ("session.clear", {}, rpc.INVALID_PARAMS, "either an id or a filter"),
         ("session.clear", {"id": 1, "filter": {}}, rpc.INVALID_PARAMS, "either an id or a filter"),
         ("session.info", {"what": 1}, rpc.INVALID_PARAMS, "what: no such key"),
@@ -104,6 +121,15 @@ def test_pages_hold_every_session_once(api, bench):
         found += [session["id"] for session in page["sessions"]]
         after = page["next"]
     assert found == ids(api) == sorted(set(found)) and len(found) == 33
+
+
+def test_a_page_looks_at_so_many_sessions_and_no_more(api, bench, monkeypatch):
+    monkeypatch.setattr(api_module, "LOOKED_AT_ONCE", 3)
+    first = api.dispatch("session.list", {"filter": {"state": "discard"}})
+    assert first == {"sessions": [], "next": 3}
+    last = api.dispatch("session.list", {"filter": {"state": "discard"}, "after": first["next"]})
+    assert ([session["id"] for session in last["sessions"]], last["next"]) == ([4], None)
+    assert api.dispatch("session.list", {"limit": 4, "after": 1})["next"] is None
 
 
 def test_a_terminated_session_in_full(api):
@@ -143,6 +169,15 @@ def test_counts_and_tunnels_and_info(api, bench):
     counters = {counter["name"]: counter["value"] for counter in api.dispatch("counter.list", {})["counters"]}
     assert counters["pkt_recv"] == counters["pkt_session"] == 4
     assert api.dispatch("system.info", {}) == {"hostname": "here"}
+
+
+def test_an_answer_to_a_probe_is_an_answer(api, bench):
+    bench.sas(SaSnapshot((child_sa(),)))
+    bench.now += 22
+    assert api.dispatch("tunnel.list", {})["source"]["last_answer_age_s"] == 22
+    bench.sas(SaSourceAlive())
+    source = api.dispatch("tunnel.list", {})["source"]
+    assert (source["last_answer_age_s"], source["connected"]) == (0, True)
 
 
 def test_only_clearing_changes_anything(api):

@@ -1,3 +1,4 @@
+import os
 import tomllib
 from pathlib import Path
 
@@ -99,7 +100,24 @@ RULE = '[[rules]]\nname = "r"\naction = "allow"\n'
         (RULE + "source = ['10.0.0.1/8']", "rules.0.source.0: found '10.0.0.1/8'; want an address or a prefix"),
         (RULE + "application = ['ssh']", "rules.0.application.0: found 'ssh'; want 'ipsec-esp'"),
         (RULE + RULE, "rules.1.name: found 'r' twice"),
-        ("[control]\nsocket = 'here'", "control.socket: found 'here'; want a string that can match"),
+        (RULE + "source = []", "rules.0.source: found []; want one entry at least"),
+        (RULE + "from = []", "rules.0.from: found []; want one entry at least"),
+        (RULE + "to = []", "rules.0.to: found []; want one entry at least"),
+        (RULE + "application = []", "rules.0.application: found []; want one entry at least"),
+        (RULE + "destination = ['any', 'nonsense']", "rules.0.destination.1: found 'nonsense'; want an address"),
+        ("[zones]\nany = ['eth0']", "zones.any: found a zone 'any', which means every zone"),
+        ("[zones]\na = ['e0']\nb = ['e1', 'e0']", "zones.b: found 'e0', which zone 'a' has; want it in one zone"),
+        ("[control]\nsocket = 'here'", "control.socket: found 'here'; want a path from / on"),
+        ("[control]\nsocket = '/'", "control.socket: found '/'; want a path"),
+        ('[control]\nsocket = "/a\\u0000b"', "control.socket: found '/a\\x00b'; want a path"),
+        ("[vici]\nsocket = '/" + "ä" * 60 + "'", "vici.socket: found '/ää"),
+        ("[dataplane]\nqeue = 1", "dataplane.qeue: no such key here; did you mean 'queue'? there are: queue, queue-l"),
+        (RULE + "log_at_end = true", "rules.0.log_at_end: no such key here; did you mean 'log-at-end'?"),
+        ("colour = 1", "colour: no such key here; there are: dataplane, zones, default-zone"),
+        ("x = " + "[" * 10_000, "/fwd.toml: arrays or tables are nested too deeply"),
+        ("x = " + "9" * 5000, "/fwd.toml: a number has too many digits"),
+        ("default-zone = 0x" + "f" * 5000, "default-zone: found too much to show; want"),
+        ("[zones]\n" + "a." * 3000 + "a = 1", "zones.a: found"),
     ],
 )
 def test_errors_name_file_key_what_was_found_and_what_is_wanted(tmp_path, text, message):
@@ -117,6 +135,22 @@ def test_a_file_that_cannot_be_read_is_a_clear_error(tmp_path):
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="not UTF-8"):
         load(tmp_path / "binary.toml")
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path):
+        with pytest.raises(ConfigError, match=r"not a regular file|Is a directory"):
+            load(path)
+
+
+def test_only_a_default_file_that_is_not_there_means_the_defaults(tmp_path, monkeypatch):
+    monkeypatch.setattr("fwd.config.DEFAULT_PATH", tmp_path / "none.toml")
+    assert load(None) == Config()
+
+    def forbidden(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("fwd.config._text", forbidden)
+    with pytest.raises(ConfigError, match=r"none.toml: Permission denied: give --config a file"):
+        load(None)
 
 
 @given(st.text(max_size=200))

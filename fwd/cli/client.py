@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import socket
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,7 +14,8 @@ from typing import Any
 from ..rpc import INTERNAL_ERROR, MAX_ANSWER_BYTES, RpcError
 
 TIMEOUT_S = 10.0
-_PAGE = 500
+#: Sessions in a page: some 8 ms of the daemon's time, in which packets wait.
+_PAGE = 200
 
 #: How often `events` asks for more, in seconds.
 _POLL_S = 0.2
@@ -39,16 +43,23 @@ class Client:
                 self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                 self._connection.settimeout(TIMEOUT_S)
                 self._connection.connect(self._path)
-            self._connection.sendall(json.dumps(request).encode() + b"\n")
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a fwd that hangs up says why first
+                self._connection.sendall(json.dumps(request).encode() + b"\n")
             answer = json.loads(self._line())
         except FileNotFoundError:
             raise NoDaemon(f"no fwd on {self._path}: start it (systemctl start fwd), or name its --socket") from None
+        except BlockingIOError:
+            raise NoDaemon(f"fwd on {self._path} takes no more connections: try again later") from None
         except ConnectionRefusedError:
+            if not stat.S_ISSOCK(os.stat(self._path).st_mode):
+                raise NoDaemon(f"{self._path} is no socket: name fwd's --socket") from None
             raise NoDaemon(f"fwd has left {self._path} behind: start it again (systemctl start fwd)") from None
         except TimeoutError:
             raise NoDaemon(f"fwd on {self._path} does not answer within {TIMEOUT_S:g} s: see its log") from None
-        except (OSError, ValueError) as error:
-            raise NoDaemon(f"{self._path}: {error}") from None
+        except OSError as error:
+            raise NoDaemon(f"{self._path}: {error.strerror or error}") from None
+        except ValueError:
+            raise NoDaemon(f"{self._path}: this is not fwd's answer: name fwd's --socket") from None
         if not isinstance(answer, dict) or ("result" not in answer and not isinstance(answer.get("error"), dict)):
             raise NoDaemon(f"{self._path}: this is not fwd's answer: name fwd's --socket")
         if "error" in answer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -55,12 +56,27 @@ def _width(otherwise: int = _NO_END) -> int:
     return shutil.get_terminal_size(fallback=(otherwise, 25)).columns
 
 
-def _spi(text: str) -> int:
-    """An SPI as strongSwan, tcpdump or fwd write it."""
-    try:
-        return int(text, 0)
-    except ValueError:
-        raise click.BadParameter(f"found '{text}', want a number such as 3220415600 or 0xbff34c70") from None
+def _number(minimum: int, maximum: int, *, may_be_hex: bool = False) -> Callable[[str], int]:
+    """What takes a number in decimal or, if it may be, behind 0x in hex."""
+    pattern = re.compile("[0-9]{1,10}|0x[0-9a-fA-F]{1,8}" if may_be_hex else "[0-9]{1,10}")
+    in_hex = ", in decimal or, behind 0x, in hex" if may_be_hex else ""
+
+    def convert(text: str) -> int:
+        number = int(text, 16 if text.startswith("0x") else 10) if pattern.fullmatch(text) else -1
+        if not minimum <= number <= maximum:
+            raise click.BadParameter(f"found '{text}', want a number from {minimum} to {maximum}{in_hex}")
+        return number
+
+    return convert
+
+
+_SESSION_ID = _number(1, 2**31 - 1)
+_PORT = click.types.FuncParamType(_number(0, 65535))
+#: An SPI as strongSwan, tcpdump or fwd write it.
+_SPI = _number(1, 2**32 - 1, may_be_hex=True)
+
+#: What begins with a dash may be a value, such as -1, which is then told what is wanted instead.
+_VALUES = {"ignore_unknown_options": True}
 
 
 def _json_option(command: _Command) -> _Command:
@@ -79,7 +95,7 @@ def _json_option(command: _Command) -> _Command:
 @click.option(
     "--socket",
     "path",
-    default=lambda: os.environ.get("FWD_SOCKET", DEFAULT_SOCKET),
+    default=lambda: os.environ.get("FWD_SOCKET") or DEFAULT_SOCKET,
     help=f"Control socket of the daemon; default $FWD_SOCKET, else {DEFAULT_SOCKET}.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
@@ -103,8 +119,11 @@ def fwctl(context: click.Context, path: str, as_json: bool) -> None:
     dport the one that the server receives on. ESP in transit shows 20033.
 
     \b
-    Exit status: 0 done, 1 the daemon said no, 2 wrong usage, 3 no daemon answers.
+    Exit status: 0 done, 1 the daemon said no, 2 wrong usage, 3 no daemon answers. The reason is on stderr, with --json
+    as JSON: {"error": {"message": ..., "exit_status": ...}}.
     """
+    if not path:
+        raise click.UsageError("--socket is empty: name fwd's control socket")
     context.obj = _Asked(Client(path), as_json)
 
 
@@ -118,7 +137,9 @@ def show_session() -> None:
     """Show sessions."""
 
 
-@show_session.command("all", help="Show all sessions, or how many with 'filter ... count yes'." + _FILTER_HELP)
+@show_session.command(
+    "all", context_settings=_VALUES, help="Show all sessions, or how many with 'filter ... count yes'." + _FILTER_HELP
+)
 @click.argument("words", nargs=-1, metavar="[filter KEY VALUE ...]")
 @_json_option
 @click.pass_obj
@@ -137,8 +158,8 @@ def show_session_all(asked: _Asked, words: tuple[str, ...]) -> None:
         _print_lines(render.session_rows(asked.client.sessions(chosen)))
 
 
-@show_session.command("id")
-@click.argument("session_id", metavar="N", type=click.IntRange(min=1))
+@show_session.command("id", context_settings=_VALUES)
+@click.argument("session_id", metavar="N", type=_SESSION_ID)
 @_json_option
 @click.pass_obj
 def show_session_id(asked: _Asked, session_id: int) -> None:
@@ -224,8 +245,8 @@ def explain() -> None:
     """Say in plain sentences why something is as it is."""
 
 
-@explain.command("session")
-@click.argument("session_id", metavar="N", type=click.IntRange(min=1))
+@explain.command("session", context_settings=_VALUES)
+@click.argument("session_id", metavar="N", type=_SESSION_ID)
 @_json_option
 @click.pass_obj
 def explain_session(asked: _Asked, session_id: int) -> None:
@@ -237,8 +258,8 @@ def explain_session(asked: _Asked, session_id: int) -> None:
 @explain.command("packet")
 @click.option("--src", required=True, help="Source address.")
 @click.option("--dst", required=True, help="Destination address.")
-@click.option("--spi", required=True, type=_spi, metavar="SPI", help="SPI, in decimal or, behind 0x, in hex.")
-@click.option("--ports", type=(int, int), help="Source and destination port, for ESP in UDP.")
+@click.option("--spi", required=True, type=_SPI, metavar="SPI", help="SPI, in decimal or, behind 0x, in hex.")
+@click.option("--ports", type=(_PORT, _PORT), metavar="PORT PORT", help="Source and destination port, for ESP in UDP.")
 @_json_option
 @click.pass_obj
 def explain_packet(asked: _Asked, src: str, dst: str, spi: int, ports: tuple[int, int] | None) -> None:
@@ -252,19 +273,21 @@ def explain_packet(asked: _Asked, src: str, dst: str, spi: int, ports: tuple[int
 
 
 @fwctl.command(
+    context_settings=_VALUES,
     help="Show events as they happen, until Ctrl-C: sessions created, promoted, rekeyed, discarded, absorbed by"
     " another one, ended; troubles of tunnels; strongSwan away or back; counters of warnings and drops. With --json,"
-    " a line of JSON each. A reader that is too slow is told how many events it missed."
+    " a line of JSON each. A reader that is too slow is told how many events it missed.",
 )
 @click.argument("words", nargs=-1, metavar="[filter KEY VALUE ...]")
-@click.option("--limit", type=click.IntRange(min=1), help="Stop after so many events.")
+@click.option("--limit", type=_number(1, 2**31 - 1), metavar="N", help="Stop after so many events.")
 @_json_option
 @click.pass_obj
 def monitor(asked: _Asked, words: tuple[str, ...], limit: int | None) -> None:
     chosen = _filter(words)
+    if "count" in chosen:
+        raise click.UsageError("count is for 'show session all'; monitor --limit N stops after so many events")
     for number, event in enumerate(asked.client.events(chosen), 1):
         click.echo(json.dumps(event) if asked.as_json else render.event(event, _width()))
-        sys.stdout.flush()
         if number == limit:
             return
 
@@ -279,8 +302,8 @@ def clear_session() -> None:
     """End sessions. The next packet opens a new one, if the rules allow it."""
 
 
-@clear_session.command("id")
-@click.argument("session_id", metavar="N", type=click.IntRange(min=1))
+@clear_session.command("id", context_settings=_VALUES)
+@click.argument("session_id", metavar="N", type=_SESSION_ID)
 @_json_option
 @click.pass_obj
 def clear_session_id(asked: _Asked, session_id: int) -> None:
@@ -291,7 +314,9 @@ def clear_session_id(asked: _Asked, session_id: int) -> None:
     )
 
 
-@clear_session.command("all", help="End all sessions, or those that match the filter." + _FILTER_HELP)
+@clear_session.command(
+    "all", context_settings=_VALUES, help="End all sessions, or those that match the filter." + _FILTER_HELP
+)
 @click.argument("words", nargs=-1, metavar="[filter KEY VALUE ...]")
 @_json_option
 @click.pass_obj
@@ -338,16 +363,32 @@ def main() -> None:
         _leave(error.message, 2 if error.code == INVALID_PARAMS else 1)
     except NoDaemon as error:
         _leave(str(error), 3)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
+    except click.UsageError as error:
+        _leave(" ".join(error.format_message().split()), error.exit_code, error.ctx)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except BrokenPipeError:  # the reader, `head` perhaps, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_stdout()
         sys.exit(0)
+    except OSError as error:
+        _give_up_stdout()
+        _leave(f"cannot write the answer: {error.strerror}", 1)
 
 
-def _leave(reason: str, exit_status: int) -> NoReturn:
-    click.echo(f"fwctl: {reason}", err=True)
+def _give_up_stdout() -> None:
+    """Let what is yet to be written go nowhere, for Python writes it at the exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _leave(reason: str, exit_status: int, context: click.Context | None = None) -> NoReturn:
+    """Give the reason, as JSON to who wants that, and where the words are taught."""
+    if "--json" in sys.argv[1:]:
+        click.echo(json.dumps({"error": {"message": reason, "exit_status": exit_status}}), err=True)
+    else:
+        click.echo(f"fwctl: {reason}", err=True)
+        if context is not None:
+            click.echo(f"'{context.command_path} --help' tells more", err=True)
     sys.exit(exit_status)

@@ -72,6 +72,7 @@ COUNTERS: Final[tuple[Counter, ...]] = (
     Counter("session_discard", "info", "session", "session", "Sessions set to discard"),
     Counter("session_ended", "info", "session", "session", "Sessions ended"),
     Counter("session_aged_out", "info", "session", "aging", "Sessions ended by the session ager"),
+    Counter("timer_internal_error", "warn", "session", "aging", "Timers that met an error inside fwd, see its log"),
     Counter("session_cleared", "info", "session", "mgmt", "Sessions ended by an operator"),
     Counter("session_tunnel_down", "info", "session", "tunnel", "Sessions ended with their tunnel"),
     Counter("pkt_fragment", "warn", "packet", "fragment", "Packets seen in fragments, or larger than their link's MTU"),

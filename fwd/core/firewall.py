@@ -214,7 +214,8 @@ class Firewall:
 
     def apply_sa(self, event: SaEvent, now: float) -> None:
         """Learn what the IKE daemon says of its SAs; sessions follow at once."""
-        self.counters.add(_SA_COUNTERS[type(event)])
+        if counter := _SA_COUNTERS.get(type(event)):
+            self.counters.add(counter)
         if isinstance(event, SaSourceLost):
             self._events.append(TunnelsStale(event.reason))
         elif isinstance(event, SaSnapshot) and self.directory.lost_reason:

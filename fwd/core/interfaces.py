@@ -56,7 +56,7 @@ class InterfaceTable:
     def __init__(self) -> None:
         self._names: dict[int, str] = {}
         self._mtus: dict[int, int] = {}
-        self._owners: dict[bytes, int] = {}
+        self._owners: dict[bytes, tuple[int, ...]] = {}
 
     @property
     def names(self) -> Collection[str]:
@@ -72,8 +72,12 @@ class InterfaceTable:
         return self._mtus.get(index) or 0x1_0000
 
     def owner_of(self, address: bytes) -> int | None:
-        """The index of the interface with this address (network order), None if this host has it not."""
-        return self._owners.get(address)
+        """The index of the interface with this address (network order), None if this host has it not.
+
+        Of several, as with fe80::1, the one that got it last.
+        """
+        owners = self._owners.get(address)
+        return owners[-1] if owners else None
 
     def apply(self, event: InterfaceEvent) -> None:
         """Learn what the kernel said; saying it twice changes nothing."""
@@ -83,13 +87,27 @@ class InterfaceTable:
             case LinkGone(index):
                 self._names.pop(index, None)
                 self._mtus.pop(index, None)
-                self._owners = {address: owner for address, owner in self._owners.items() if owner != index}
+                for address in list(self._owners):
+                    self._lose(index, address)
             case AddressPresent(index, address):
-                self._owners[address] = index
+                self._own(index, address)
             case AddressGone(index, address):
-                if self._owners.get(address) == index:
-                    del self._owners[address]
+                self._lose(index, address)
             case InterfaceSnapshot(links, addresses):
                 self._names = {link.index: link.name for link in links}
                 self._mtus = {link.index: link.mtu for link in links}
-                self._owners = {known.address: known.index for known in addresses}
+                self._owners = {}
+                for known in addresses:
+                    self._own(known.index, known.address)
+
+    def _own(self, index: int, address: bytes) -> None:
+        owners = self._owners.get(address, ())
+        if index not in owners:
+            self._owners[address] = (*owners, index)
+
+    def _lose(self, index: int, address: bytes) -> None:
+        left = tuple(owner for owner in self._owners.get(address, ()) if owner != index)
+        if left:
+            self._owners[address] = left
+        else:
+            self._owners.pop(address, None)

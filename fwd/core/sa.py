@@ -113,7 +113,12 @@ class SaSourceLost:
     reason: str
 
 
-SaEvent: TypeAlias = SaEstablished | SaRekeyed | SaDeleted | SaSnapshot | SaSourceLost
+@dataclass(frozen=True, slots=True)
+class SaSourceAlive:
+    """The IKE daemon answers, and has nothing to say of its SAs."""
+
+
+SaEvent: TypeAlias = SaEstablished | SaRekeyed | SaDeleted | SaSnapshot | SaSourceLost | SaSourceAlive
 
 
 class SaEnd(StrEnum):
@@ -233,6 +238,8 @@ class SaDirectory:
                 return self._replace_all(sas, now)
             case SaSourceLost(reason):
                 self.lost_reason = reason
+                return []
+            case SaSourceAlive():
                 return []
 
     def known(self, sa: ChildSa) -> KnownSa | None:

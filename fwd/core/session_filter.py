@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from ipaddress import ip_network
 from typing import TypeAlias
@@ -17,22 +18,32 @@ class FilterError(ValueError):
     """A filter word or its value makes no sense; the message says which and what is wanted."""
 
 
-def parse_prefix(text: str) -> Prefix:
-    """A prefix or a single address, in text form, as a Prefix. Raises ValueError, saying what is wrong."""
-    network = ip_network(text, strict=False)
+#: What fits into no more than a float holds exactly; ASCII digits only.
+_AMOUNT = re.compile(r"[0-9]{1,12}(\.[0-9]{1,3})?")
+_NUMBER = re.compile(r"[0-9]{1,10}")
+
+
+def _prefix(text: str) -> Prefix:
+    """A prefix or a single address, in text form, as a Prefix. Raises ValueError, saying what is wanted."""
+    try:
+        network = ip_network(text, strict=False)
+    except ValueError:
+        raise ValueError("want an address or a prefix such as 192.0.2.0/24") from None
     return Prefix(network.network_address.packed, network.prefixlen)
 
 
 def _address(side: str) -> Callable[[str], Predicate]:
     def build(text: str) -> Predicate:
-        prefix = parse_prefix(text)
+        prefix = _prefix(text)
         return lambda session, now: prefix.contains(getattr(session, side).address)
 
     return build
 
 
-def _number(value_of: Callable[[Session], int]) -> Callable[[str], Predicate]:
+def _number(maximum: int, value_of: Callable[[Session], int]) -> Callable[[str], Predicate]:
     def build(text: str) -> Predicate:
+        if not _NUMBER.fullmatch(text) or int(text) > maximum:
+            raise ValueError(f"want a number from 0 to {maximum}")
         number = int(text)
         return lambda session, now: value_of(session) == number
 
@@ -55,13 +66,19 @@ def _one_of(names: Mapping[str, str], value_of: Callable[[Session], str]) -> Cal
     return build
 
 
+def _amount(text: str) -> float:
+    if not _AMOUNT.fullmatch(text):
+        raise ValueError("want a number such as 60 or 1.5")
+    return float(text)
+
+
 def _min_age(text: str) -> Predicate:
-    seconds = float(text)
+    seconds = _amount(text)
     return lambda session, now: now - session.created_at >= seconds
 
 
 def _min_kb(text: str) -> Predicate:
-    kilobytes = float(text)
+    kilobytes = _amount(text)
     return lambda session, now: session.byte_count >= kilobytes * 1024
 
 
@@ -70,9 +87,9 @@ KEYS: Mapping[str, Callable[[str], Predicate]] = {
     "application": _one_of({app.lower(): app for app in Application}, lambda session: session.application),
     "source": _address("client"),
     "destination": _address("server"),
-    "source-port": _number(lambda session: session.client.port),
-    "destination-port": _number(lambda session: session.server.port),
-    "protocol": _number(lambda session: session.application.protocol),
+    "source-port": _number(2**32 - 1, lambda session: session.client.port),
+    "destination-port": _number(2**32 - 1, lambda session: session.server.port),
+    "protocol": _number(255, lambda session: session.application.protocol),
     "from": _text(lambda session: session.client.zone),
     "to": _text(lambda session: session.server.zone),
     "state": _one_of({state.lower(): state for state in State}, lambda session: session.state),

@@ -6,6 +6,7 @@ only would show half a tunnel.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
@@ -16,6 +17,9 @@ from .state import Trigger
 Key: TypeAlias = FlowKey | SpiKey
 
 _MAX_ID = 2**31 - 1
+
+#: The list of ids is written anew when, beside so many, more than half of it are no session's any more.
+_STALE_IDS = 64
 
 
 class TableFull(Exception):
@@ -35,6 +39,8 @@ class SessionTable:
         self._live: dict[int, Session] = {}
         self._ended: dict[int, tuple[float, Session]] = {}
         self._flows: dict[Key, Flow] = {}
+        #: The ids of the live sessions in ascending order, among others that were.
+        self._order: list[int] = []
         self._last_id = 0
         #: What a packet asks for, with no call in between: the flow that counts it, or None.
         self.lookup = self._flows.get
@@ -45,6 +51,13 @@ class SessionTable:
     def __iter__(self) -> Iterator[Session]:
         """The live sessions in the order of their allocation."""
         return iter(self._live.values())
+
+    def after(self, session_id: int) -> Iterator[Session]:
+        """The live sessions with a higher id, in the order of their ids; the table must not change meanwhile."""
+        for position in range(bisect_right(self._order, session_id), len(self._order)):
+            session = self._live.get(self._order[position])
+            if session is not None:
+                yield session
 
     @property
     def utilisation(self) -> float:
@@ -90,6 +103,11 @@ class SessionTable:
         self.index(session, entries)
         session.move(Trigger.ALLOCATE)
         self._live[session.id] = session
+        # Ids ascend, but for those of sessions that were taken over.
+        if not self._order or session.id > self._order[-1]:
+            self._order.append(session.id)
+        elif self._order[position := bisect_left(self._order, session.id)] != session.id:
+            self._order.insert(position, session.id)
 
     def index(self, session: Session, entries: Iterable[tuple[Key, Flow]]) -> None:
         """Let further keys lead to the session, all or none. Raises KeyInUse and changes nothing."""
@@ -123,6 +141,8 @@ class SessionTable:
         """Take a live session out without a trace: its counts live on in another one."""
         self.unindex(session, session.keys)
         del self._live[session.id]
+        if len(self._order) > 2 * len(self._live) + _STALE_IDS:
+            self._order = sorted(self._live)
 
     def forget_ended(self, before: float) -> None:
         """Drop the ended sessions that ended before that time."""

@@ -3,6 +3,7 @@
 Size, time and number of clients are bounded, and a client has one request at a time: one that sends garbage,
 sends slowly or does not read costs a bounded piece of memory, and no packet its verdict. Who may do what is
 decided by the peer's credentials (SO_PEERCRED, unix(7)), not by the file mode, so that one who may not hears why.
+One who may not even read hears it at once, and takes nobody's place.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import pwd
 import socket
 import stat
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,10 @@ from ..rpc import (
 
 log = logging.getLogger(__name__)
 
+#: Clients at a time: in all, how many of these places only root can have, and how many any other user.
 MAX_CLIENTS = 32
+KEPT_FOR_ROOT = 4
+MAX_CLIENTS_OF_USER = 8
 #: How long a client may be silent, and how long it may take to read an answer, in seconds.
 IDLE_S = 60.0
 READ_S = 10.0
@@ -53,6 +58,11 @@ class Peer:
     uid: int
     groups: frozenset[str]
 
+    @property
+    def is_owner(self) -> bool:
+        """Whether it is root or the user that fwd runs as."""
+        return self.uid in (0, os.geteuid())
+
 
 @dataclass(slots=True)
 class Access:
@@ -61,10 +71,14 @@ class Access:
     read_groups: Sequence[str]
     change_groups: Sequence[str]
 
+    def missing_groups(self) -> list[str]:
+        """The groups named that this host does not have."""
+        return [name for name in dict.fromkeys([*self.read_groups, *self.change_groups]) if not _is_group(name)]
+
     def check(self, peer: Peer, right: str) -> None:
         """Raises RpcError FORBIDDEN if the peer has not the right, `read` or `change`."""
         allowed = [*self.change_groups, *(self.read_groups if right == "read" else ())]
-        if peer.uid not in (0, os.geteuid()) and not peer.groups.intersection(allowed):
+        if not peer.is_owner and not peer.groups.intersection(allowed):
             groups = f" and members of group {' or '.join(allowed)}" if allowed else ""
             raise RpcError(
                 FORBIDDEN,
@@ -94,20 +108,25 @@ class ControlServer:
         self.refused = 0
         self._server: asyncio.Server | None = None
         self._clients: set[asyncio.Task[None]] = set()
+        self._places: Counter[int] = Counter()
         self._inode = 0
 
     async def open(self) -> None:
         """Take the path, without an answer to anybody yet. Replaces what a dead daemon left. Raises ControlError."""
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             self._clear_way()
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             listener.bind(str(self._path))
             os.chmod(self._path, 0o666)
             self._inode = os.lstat(self._path).st_ino
+        except ControlError:
+            listener.close()
+            raise
         except OSError as error:
+            listener.close()
             raise ControlError(
-                f"cannot listen on {self._path} ({error.strerror}): [control] socket chooses another path"
+                f"cannot listen on {self._path} ({error.strerror or error}): [control] socket chooses another path"
             ) from None
         self._server = await asyncio.start_unix_server(
             self._accept, sock=listener, limit=MAX_REQUEST_BYTES, start_serving=False
@@ -167,21 +186,38 @@ class ControlServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.transport.set_write_buffer_limits(high=0)
-        if len(self._clients) > MAX_CLIENTS:
-            self.refused += 1
-            await _send(writer, _error(None, BUSY, f"{MAX_CLIENTS} clients are connected already: try again later"))
-            return
         peer = _peer_of(writer.get_extra_info("socket"))
+        try:
+            self.access.check(peer, "read")
+            with self._place(peer):
+                await self._converse(reader, writer, peer)
+        except RpcError as error:
+            self.refused += 1
+            await _send(writer, _error(None, error.code, error.message))
+
+    @contextlib.contextmanager
+    def _place(self, peer: Peer) -> Iterator[None]:
+        """One of the places that there are. Raises RpcError BUSY if this peer can have none."""
+        if not peer.is_owner and self._places[peer.uid] >= MAX_CLIENTS_OF_USER:
+            raise RpcError(BUSY, f"uid {peer.uid} has {MAX_CLIENTS_OF_USER} connections already: close one first")
+        if self._places.total() >= MAX_CLIENTS - (0 if peer.is_owner else KEPT_FOR_ROOT):
+            raise RpcError(BUSY, f"{self._places.total()} clients are connected already: try again later")
+        self._places[peer.uid] += 1
+        try:
+            yield
+        finally:
+            self._places[peer.uid] -= 1
+            if not self._places[peer.uid]:
+                del self._places[peer.uid]
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: Peer) -> None:
+        """Answer requests until the client hangs up, or has to be hung up on."""
         while True:
             async with asyncio.timeout(IDLE_S):
                 try:
                     line = await reader.readline()
                 except ValueError:
-                    self.refused += 1
-                    await _send(
-                        writer, _error(None, INVALID_REQUEST, f"a request has {MAX_REQUEST_BYTES} bytes at most")
-                    )
-                    return
+                    raise RpcError(INVALID_REQUEST, f"a request has {MAX_REQUEST_BYTES} bytes at most") from None
             if not line:
                 return
             answer = self._answer(line, peer)
@@ -191,37 +227,47 @@ class ControlServer:
     def _answer(self, line: bytes, peer: Peer) -> bytes | None:
         """The answer to one line; None to a notification, which has no id and wants none."""
         self.requests += 1
+        identity = None
+        is_notification = False
         try:
-            request = json.loads(line, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError):
-            self.refused += 1
-            return _error(None, PARSE_ERROR, "this is no JSON: one request a line, as JSON-RPC 2.0 has it")
-        identity = request.get("id") if isinstance(request, dict) else None
-        try:
+            request = _parse(line)
+            identity, is_notification = request.get("id"), "id" not in request
             answer = _encode({"jsonrpc": "2.0", "id": identity, "result": self._call(request, peer)})
             if len(answer) > MAX_ANSWER_BYTES:
                 raise RpcError(INVALID_PARAMS, "the answer would be too long: ask for a smaller page")
         except RpcError as error:
-            self.refused += 1
+            self.refused += error.code in _REFUSED
             answer = _error(identity, error.code, error.message)
         except Exception:
             log.exception("a request met a defect of fwd")
             answer = _error(identity, INTERNAL_ERROR, "error inside fwd: its log says more")
-        is_notification = isinstance(request, dict) and "id" not in request and "method" in request
         return None if is_notification else answer
 
-    def _call(self, request: Any, peer: Peer) -> Any:
-        if not isinstance(request, dict):
-            raise RpcError(INVALID_REQUEST, "a request is one JSON object; batches are not taken")
-        method, params, identity = request.get("method"), request.get("params", {}), request.get("id")
-        if request.get("jsonrpc") != "2.0" or not isinstance(method, str):
-            raise RpcError(INVALID_REQUEST, 'a request has "jsonrpc": "2.0" and a "method"')
-        if isinstance(identity, (dict, list, bool)):
-            raise RpcError(INVALID_REQUEST, "an id is a number or a string")
+    def _call(self, request: Mapping[str, Any], peer: Peer) -> Any:
+        method, params = request["method"], request.get("params", {})
         if not isinstance(params, dict):
             raise RpcError(INVALID_PARAMS, "params are given by name, as an object")
         self.access.check(peer, self._rights.get(method, "read"))
         return self._dispatch(method, params)
+
+
+#: What counts as refused: not a question whose answer is no.
+_REFUSED = frozenset({PARSE_ERROR, INVALID_REQUEST, FORBIDDEN})
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    """A request of JSON-RPC 2.0, params apart. Raises RpcError PARSE_ERROR or INVALID_REQUEST."""
+    try:
+        request = json.loads(line, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        raise RpcError(PARSE_ERROR, "this is no JSON: one request a line, as JSON-RPC 2.0 has it") from None
+    if not isinstance(request, dict):
+        raise RpcError(INVALID_REQUEST, "a request is one JSON object; batches are not taken")
+    if request.get("jsonrpc") != "2.0" or not isinstance(request.get("method"), str):
+        raise RpcError(INVALID_REQUEST, 'a request has "jsonrpc": "2.0" and a "method"')
+    if isinstance(request.get("id"), dict | list | bool):
+        raise RpcError(INVALID_REQUEST, "an id is a number or a string")
+    return request
 
 
 async def _send(writer: asyncio.StreamWriter, line: bytes) -> None:
@@ -235,13 +281,19 @@ def _encode(message: Mapping[str, Any]) -> bytes:
 
 
 def _error(identity: Any, code: int, message: str) -> bytes:
-    if isinstance(identity, (dict, list, bool)):
-        identity = None
     return _encode({"jsonrpc": "2.0", "id": identity, "error": {"code": code, "message": message}})
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
+
+
+def _is_group(name: str) -> bool:
+    try:
+        grp.getgrnam(name)
+    except KeyError:
+        return False
+    return True
 
 
 def _peer_of(connection: socket.socket) -> Peer:

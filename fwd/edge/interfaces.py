@@ -46,6 +46,10 @@ def parse_message(message: Any) -> InterfaceEvent | None:
     return None
 
 
+class InterfaceError(Exception):
+    """The kernel does not tell of its interfaces; the message says what to do."""
+
+
 class InterfaceWatcher:
     """Keeps the core told; lives in the event loop. `ready` is set when the first snapshot was handed over."""
 

@@ -62,6 +62,7 @@ class Kind(IntEnum):
     DELTABLE = 2
     NEWCHAIN = 3
     NEWRULE = 6
+    GETRULE = 7
     DELRULE = 8
     NEWSET = 9
     NEWSETELEM = 12
@@ -272,9 +273,11 @@ def chain(family: int, table: str, name: str, hook: int | None = None, priority:
     return Message(Kind.NEWCHAIN, family, body, NLM_F_CREATE)
 
 
-def rule(family: int, table: str, chain_name: str, *expressions: bytes) -> Message:
+def rule(family: int, table: str, chain_name: str, *expressions: bytes, remark: str = "") -> Message:
     """A rule at the end of a chain."""
     body = string(1, table) + string(2, chain_name) + nested(4, *expressions)
+    if remark:
+        body += comment(7, remark)
     return Message(Kind.NEWRULE, family, body, NLM_F_CREATE | NLM_F_APPEND)
 
 

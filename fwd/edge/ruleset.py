@@ -10,7 +10,7 @@ and reads them). What is in no map falls through to the queue. In nft's words:
         meta l4proto esp  goto undecided
         meta l4proto udp  goto udp
     }
-    chain undecided { counter queue num 20 bypass }
+    chain undecided { counter queue num 20 bypass comment "queue 20" }
 
 How `undecided` gets packets to the queue depends on the kernel and is found out by trying (see Backend). An accepted
 packet leaves this table only: a user's own rules still see it. Loopback is left out: its packets would be seen
@@ -21,14 +21,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import struct
 import subprocess
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
+from typing import TypeAlias
 
 from . import nftables as nft
 from .nftables import KeyField, Kind, Message, NftError, NftSocket
+from .queue_stats import kernel_queue_stats
 
 TABLE = "fwd_dataplane"  # `fwd` alone is a keyword of nft
 ESP_MAP, ESP_IN_UDP_MAP = "esp", "esp_in_udp"
@@ -51,6 +54,13 @@ _IKE_PORT, _NAT_T_PORT = struct.pack("!H", 500), struct.pack("!H", 4500)
 _SPORT, _DPORT = 0, 2
 
 _TIMEOUT_S = 10
+
+#: Whose the rules are, in nft's comment and in iptables' words.
+_QUEUE = re.compile(r"queue (\d+)|--queue-num (\d+)")
+
+#: Attributes of a table and of a rule (linux/netfilter/nf_tables.h, NFTA_TABLE_*, NFTA_RULE_*).
+_TABLE_USERDATA = 6
+_RULE_TABLE, _RULE_CHAIN, _RULE_HANDLE, _RULE_USERDATA = 1, 2, 3, 7
 
 #: iptables' matches for what fwd handles. A later fragment of ESP still has the protocol number 50.
 _MATCHES = (
@@ -94,6 +104,10 @@ class Backend(StrEnum):
         }[self]
 
 
+#: A table's label, None if there is no such table, and chain and handle of each rule.
+_Table: TypeAlias = tuple[str | None, list[tuple[bytes, bytes]]]
+
+
 class RulesetError(Exception):
     """The rules cannot be installed; the message says what to do."""
 
@@ -119,6 +133,18 @@ class Ruleset:
         self.description = ""
         #: Whether the maps were found with their elements in them, and kept.
         self.kept_maps = False
+        self._tables: dict[int, _Table] = {}
+        self._chains: dict[str, list[str]] = {}
+
+    def refuse_anothers(self) -> None:
+        """See to it that rules that are there are nobody's. Raises RulesetError if another fwd lives by them."""
+        for queue in sorted(_queues_named() - {self.queue}):
+            if kernel_queue_stats(queue) is not None:
+                raise RulesetError(
+                    f"the rules of fwd are in place for NFQUEUE {queue}, and a process has that queue: one fwd only can"
+                    " be in a network namespace, so stop the other one. If it is another program that has the queue,"
+                    " fwd --remove-rules takes out what an fwd left"
+                )
 
     def install(self) -> str:
         """Put the rules in place of any that are there; gives what was chosen, in words. Raises RulesetError.
@@ -151,11 +177,26 @@ class Ruleset:
             raise
 
     def is_in_place(self) -> bool:
-        """Whether the tables are those that were installed; fwd does not look after iptables' chains."""
-        if self.backend is None or not self.backend.has_maps:
+        """Whether tables and rules are those that were installed, as nf_tables tells. Raises OSError."""
+        if not self._tables:
             return True
         with contextlib.closing(NftSocket()) as socket:
-            return all(_label(socket, family) == self._label(self.backend) for family in _families())
+            return self._tables == {family: _table(socket, family) for family in _families()}
+
+    @property
+    def has_chains(self) -> bool:
+        """Whether iptables' chains are part of it: those have to be looked after, too."""
+        return bool(self._chains)
+
+    def are_chains_in_place(self) -> bool:
+        """Whether iptables' chains are those that were installed. Waits for programs. Raises RulesetError."""
+        installed = self._chains
+        try:
+            return all(_ours(_listed(program)) == ours for program, ours in installed.items()) or (
+                self._chains is not installed  # installed anew meanwhile
+            )
+        except _ProgramFailed as error:
+            raise RulesetError(str(error)) from None
 
     @staticmethod
     def remove() -> None:
@@ -164,20 +205,25 @@ class Ruleset:
         _remove_iptables()
 
     def _install(self, backend: Backend) -> str:
+        tables: dict[int, _Table] = {}
         if backend.has_maps:
             with contextlib.closing(NftSocket()) as socket:
                 label = self._label(backend)
                 families = _families()
                 self.kept_maps = all(_label(socket, family) == label for family in families)
                 socket.transact([message for family in families for message in self._nft(family, backend, label)])
+                tables = {family: _table(socket, family) for family in families}
         else:
             _remove_nft()
             self.kept_maps = False
-        if backend in (Backend.NFT, Backend.XT):
-            if self.backend is None:  # only a former fwd can have left them
-                _remove_iptables()
-            return ""
-        return self._install_iptables(but_marked=backend is Backend.MARK)
+        note = ""
+        if backend in (Backend.MARK, Backend.IPTABLES):
+            note = self._install_iptables(but_marked=backend is Backend.MARK)
+        elif self.backend is None or self._chains:  # what a former fwd, or this one with another backend, left
+            _remove_iptables()
+            self._chains = {}
+        self._tables = tables
+        return note
 
     def _label(self, backend: Backend) -> str:
         """What a table says it is: one that says the same can be kept."""
@@ -228,24 +274,27 @@ class Ruleset:
                 undecided = nft.counter() + nft.xt_queue(self.queue, bypass=self.fail_open)
             case _:  # whatever set the bit before: it was not fwd
                 undecided = nft.unmark(_DECIDED_MARK)
-        yield nft.rule(family, TABLE, "undecided", undecided)
+        yield nft.rule(family, TABLE, "undecided", undecided, remark=f"queue {self.queue}")
 
     # --- iptables ---------------------------------------------------------------------------------------
 
     def _install_iptables(self, *, but_marked: bool) -> str:
         """Queue by iptables in the mangle table; gives what of it was left out, in words."""
         failed = []
+        chains = {}
         for family, programs in _PROGRAMS:
             try:
-                self._install_one_iptables(programs, but_marked)
+                program = self._install_one_iptables(programs, but_marked)
+                chains[program] = _ours(_listed(program))
             except _ProgramFailed as error:
                 failed.append(f"{family}: {error}")
         if len(failed) == len(_PROGRAMS):
             raise _ProgramFailed("; ".join(failed))
+        self._chains = chains
         return f" (left out: {'; '.join(failed)})" if failed else ""
 
-    def _install_one_iptables(self, programs: Sequence[str], but_marked: bool) -> None:
-        """Install one family's rules with the first program that can."""
+    def _install_one_iptables(self, programs: Sequence[str], but_marked: bool) -> str:
+        """Install one family's rules with the first program that can, and say which."""
         refusal = _ProgramFailed("none of its programs was tried")
         target = f"NFQUEUE --queue-num {self.queue}{' --queue-bypass' if self.fail_open else ''}"
         if but_marked:
@@ -253,15 +302,15 @@ class Ruleset:
         for program in programs:
             try:
                 rules = ["*mangle", *(f":{_chain(hook)} - [0:0]" for hook in _HOOKS)]
-                present = _run([program, "-w", "-t", "mangle", "-S"])
+                present = _listed(program)
                 for hook in _HOOKS:
                     jump = f"{hook.upper()} -j {_chain(hook)}"
-                    rules += [f"-D {jump}"] * present.splitlines().count(f"-A {jump}")
+                    rules += [f"-D {jump}"] * present.count(f"-A {jump}")
                     rules.append(f"-I {hook.upper()} 1 -j {_chain(hook)}")
                     rules.append(f"-A {_chain(hook)} {'-o' if hook == 'output' else '-i'} lo -j RETURN")
                     rules += [f"-A {_chain(hook)} {match} -j {target}" for match in _MATCHES]
                 _run([f"{program}-restore", "-w", "--noflush"], "\n".join([*rules, "COMMIT", ""]))
-                return
+                return program
             except _ProgramFailed as error:
                 refusal = error
         raise refusal
@@ -294,7 +343,35 @@ def _label(socket: NftSocket, family: int) -> str | None:
         (table,) = socket.ask(Message(Kind.GETTABLE, family, nft.string(1, TABLE)))
     except (NftError, ValueError):
         return None
-    return nft.comment_in(dict(nft.attributes(table)).get(6, b""))
+    return nft.comment_in(dict(nft.attributes(table)).get(_TABLE_USERDATA, b""))
+
+
+def _rules(socket: NftSocket, family: int) -> list[dict[int, bytes]]:
+    """The rules of the table there, chain by chain; none if there is no table."""
+    try:
+        answers = socket.ask(Message(Kind.GETRULE, family, nft.string(_RULE_TABLE, TABLE), nft.NLM_F_DUMP))
+    except NftError:
+        return []
+    return [dict(nft.attributes(answer)) for answer in answers]
+
+
+def _table(socket: NftSocket, family: int) -> _Table:
+    """What the table there says it is, and which rules it has: a handle is never used twice."""
+    rules = [(rule[_RULE_CHAIN], rule[_RULE_HANDLE]) for rule in _rules(socket, family)]
+    return _label(socket, family), rules
+
+
+def _queues_named() -> set[int]:
+    """The queues that fwd's rules name, whichever fwd left them."""
+    words = []
+    with contextlib.suppress(OSError), contextlib.closing(NftSocket()) as socket:
+        for family in _ADDRESSES:
+            words += [nft.comment_in(rule.get(_RULE_USERDATA, b"")) or "" for rule in _rules(socket, family)]
+    for _, programs in _PROGRAMS:
+        for program in programs:
+            with contextlib.suppress(_ProgramFailed):
+                words += _ours(_listed(program))
+    return {int(found[1] or found[2]) for word in words if (found := _QUEUE.search(word))}
 
 
 def _protocol(number: bytes) -> bytes:
@@ -356,11 +433,21 @@ def _chain(hook: str) -> str:
     return f"FWD-{hook.upper()}"
 
 
+def _listed(program: str) -> list[str]:
+    """The mangle table, a rule a line. Raises _ProgramFailed."""
+    return _run([program, "-w", "-t", "mangle", "-S"]).splitlines()
+
+
+def _ours(lines: Sequence[str]) -> list[str]:
+    """What of the mangle table is fwd's: its chains, and what leads to them."""
+    return [line for line in lines if any(_chain(hook) in line for hook in _HOOKS)]
+
+
 def _remove_iptables() -> None:
     for _, programs in _PROGRAMS:
         for program in programs:
             try:
-                present = _run([program, "-w", "-t", "mangle", "-S"]).splitlines()
+                present = _listed(program)
                 rules = []
                 for hook in _HOOKS:
                     chain = _chain(hook)

@@ -21,7 +21,7 @@ def notify(*assignments: str) -> None:
 
 
 def reloading() -> None:
-    """Say that the configuration is being read again; `notify("READY=1")` ends it."""
+    """Say that the configuration is being read again; `notify("READY=1")` ends it, whatever came of it."""
     notify("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
 

@@ -24,7 +24,7 @@ from vici import Session
 from vici.exception import EventUnknownException
 from vici.protocol import RECV_TIMEOUT_DEFAULT, Transport
 
-from ..core.sa import ChildSa, SaDeleted, SaEstablished, SaEvent, SaRekeyed, SaSnapshot, SaSourceLost
+from ..core.sa import ChildSa, SaDeleted, SaEstablished, SaEvent, SaRekeyed, SaSnapshot, SaSourceAlive, SaSourceLost
 
 log = logging.getLogger(__name__)
 
@@ -39,16 +39,17 @@ ANSWER_S = 5.0
 _POLL_S = 0.2
 _PROBE_S = 5.0
 _RECONCILE_S = 30.0
-#: All SAs are read so soon after a rekey: charon does not tell when the old SA goes.
-_AFTER_REKEY_S = 2.0
+#: All SAs are read so soon after a rekey: charon does not tell when the old SA goes. It keeps the inbound half for five
+#: seconds (delete_rekeyed_delay in strongswan.conf(5)), for packets that are late.
+_AFTER_REKEY_S = 6.0
 #: And so soon after a peer moved: charon tells that before it has changed the CHILD_SAs.
 _AFTER_MOVE_S = 0.3
 #: Pauses between attempts to connect: doubled from the first to the last.
 _BACKOFF_S = (0.2, 2.0)
 
-#: CHILD_SA states (libcharon/sa/child_sa.h) in which both SAs are installed. An SA that is being replaced or
-#: deleted carries packets until it is gone.
-_INSTALLED = frozenset({"INSTALLED", "UPDATING", "REKEYING", "REKEYED", "DELETING"})
+#: CHILD_SA states (libcharon/sa/child_sa.h) in which SAs are installed. One that is being replaced or deleted carries
+#: packets until it is gone.
+_INSTALLED = frozenset({"INSTALLED", "UPDATING", "REKEYING", "REKEYED", "DELETING", "DELETED"})
 
 
 class ViciAnswerError(ValueError):
@@ -297,6 +298,7 @@ class ViciListener:
                     yield
                 elif now >= probe_at:
                     asking.version()
+                    self._deliver(SaSourceAlive())
                     probe_at = now + _PROBE_S
                 if name == _EVENT_MOVED.encode():
                     snapshot_at = min(snapshot_at, now + _AFTER_MOVE_S)

@@ -1,6 +1,7 @@
 """fwctl as a program, against a real control socket in front of a real core."""
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from fwd.api import Api
+from fwd.cli import client
 from fwd.edge.control import Access, ControlServer
+from fwd.rpc import RpcError
 from tests.builders import LEFT, RIGHT, Bench, esp
 
 FWCTL = Path(sys.executable).parent / "fwctl"
@@ -20,7 +23,7 @@ FWCTL = Path(sys.executable).parent / "fwctl"
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory):
-    """A control socket in a thread of its own; 1,100 sessions, so that three pages are needed."""
+    """A control socket in a thread of its own; 1,100 sessions, so that six pages are needed."""
     path = tmp_path_factory.mktemp("run") / "control.sock"
     bench = Bench()
     bench.forward(esp(LEFT, RIGHT, 7))
@@ -97,7 +100,18 @@ def test_filters(daemon):
         ("show session all filter count maybe", 2, "want yes or no"),
         ("show session all filter source 1.2.3", 2, "filter source: '1.2.3' will not do"),
         ("clear session all filter count yes", 2, "nothing was cleared"),
-        ("show session id zero", 2, "'zero' is not a valid integer"),
+        ("show session id zero", 2, "found 'zero', want a number from 1 to 2147483647"),
+        ("show session id -1", 2, "found '-1', want a number from 1 to 2147483647"),
+        ("show session id 1_0", 2, "found '1_0', want a number"),
+        ("show session all filter min-age -1", 2, "filter min-age: '-1' will not do: want a number such as 60"),
+        ("show session all filter min-kb nan", 2, "filter min-kb: 'nan' will not do: want a number such as 60"),
+        ("show session all filter source-port abc", 2, "'abc' will not do: want a number from 0 to 4294967295"),
+        ("explain packet --src 1.1.1.1 --dst 1.1.1.2 --spi -1", 2, "found '-1', want a number from 1 to 4294967295"),
+        ("explain packet --src 1.1.1.1 --dst 1.1.1.2 --spi 0", 2, "found '0', want a number from 1 to 4294967295"),
+        ("explain packet --src 1.1.1.1 --dst 1.1.1.2 --spi 0x1_0", 2, "found '0x1_0', want a number from 1"),
+        ("explain packet --src 1.1.1.1 --dst 1.1.1.2 --spi 1 --ports 1 70000", 2, "found '70000', want"),
+        ("monitor filter count yes", 2, "count is for 'show session all'"),
+        ("--sokcet /x show tunnel", 2, "No such option"),
         ("show sesion all", 2, "No such command 'sesion'"),
     ],
 )
@@ -105,6 +119,27 @@ def test_exit_status_and_reason(daemon, words, status, reason):
     done = fwctl(*words.split(), path=daemon)
     assert (done.returncode, done.stdout) == (status, "")
     assert reason in done.stderr and "Traceback" not in done.stderr
+    told = done.stderr.splitlines()
+    assert told[0].startswith("fwctl: ") and len(told) <= 2
+    done = fwctl("--json", *words.split(), path=daemon)
+    assert (done.returncode, done.stdout) == (status, "")
+    error = json.loads(done.stderr)["error"]
+    assert reason.removeprefix("fwctl: ") in error["message"] and error["exit_status"] == status
+
+
+@pytest.mark.parametrize("words", ["", "show", "clear session"])
+def test_half_a_command_shows_the_words_that_follow(words):
+    done = fwctl(*words.split())
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("Usage: fwctl")
+
+
+def test_an_answer_that_cannot_be_written_is_told(daemon):
+    environment = {**os.environ, "FWD_SOCKET": str(daemon)}
+    for words in ("show session all", "show session info"):
+        done = subprocess.run(
+            f"{FWCTL} {words} > /dev/full", shell=True, capture_output=True, text=True, env=environment, check=False
+        )
+        assert (done.returncode, done.stderr) == (1, "fwctl: cannot write the answer: No space left on device\n")
 
 
 def test_without_a_daemon_it_says_what_to_do(tmp_path):
@@ -115,8 +150,11 @@ def test_without_a_daemon_it_says_what_to_do(tmp_path):
         listener.bind(str(left))
     assert fwctl("show", "tunnel", path=left).returncode == 3
     (tmp_path / "file").write_text("")
-    done = fwctl("show", "tunnel", path=tmp_path / "file")
-    assert done.returncode == 3 and len(done.stderr.splitlines()) == 1
+    for path in (tmp_path / "file", tmp_path):
+        done = fwctl("show", "tunnel", path=path)
+        assert (done.returncode, done.stderr) == (3, f"fwctl: {path} is no socket: name fwd's --socket\n")
+    done = fwctl("--socket", "", "show", "tunnel")
+    assert done.returncode == 2 and done.stderr.startswith("fwctl: --socket is empty: name fwd's control socket\n")
 
 
 def test_another_programs_socket_is_no_daemon(tmp_path):
@@ -136,6 +174,28 @@ def test_another_programs_socket_is_no_daemon(tmp_path):
         done = fwctl("show", "tunnel", path=path)
         thread.join(5)
     assert done.returncode == 3 and "Traceback" not in done.stderr
+
+
+def test_what_fwd_says_before_it_hangs_up_is_heard(tmp_path, monkeypatch):
+    path, has_hung_up = tmp_path / "busy.sock", threading.Event()
+    encode = json.dumps
+    monkeypatch.setattr(client.json, "dumps", lambda request: has_hung_up.wait(5) and encode(request))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def refuse():
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b'{"jsonrpc":"2.0","id":null,"error":{"code":-32002,"message":"try again later"}}\n')
+            has_hung_up.set()
+
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        asking = client.Client(str(path))
+        with contextlib.closing(asking), pytest.raises(RpcError, match="try again later"):
+            asking.call("session.info")
+        thread.join(5)
 
 
 def test_a_reader_that_has_enough_is_no_error(daemon):

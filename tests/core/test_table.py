@@ -28,9 +28,9 @@ class TableMachine(RuleBasedStateMachine):
         self.ended = {}
         self.now = 0.0
 
-    @rule(keys=KEYS)
-    def add(self, keys):
-        session_id = self.table.allocate_id()
+    @rule(keys=KEYS, wanted=st.none() | st.integers(1, 20))
+    def add(self, keys, wanted):
+        session_id = self.table.allocate_id(wanted)
         assert session_id not in self.live and session_id not in self.ended and session_id > 0
         session = new_session(session_id)
         entries = [(key, session.c2s if index % 2 == 0 else session.s2c) for index, key in enumerate(keys)]
@@ -96,6 +96,8 @@ class TableMachine(RuleBasedStateMachine):
             return
         assert list(self.table) == list(self.live.values())
         assert len(self.table) == len(self.live)
+        for after in (0, 7, 15):
+            assert [session.id for session in self.table.after(after)] == sorted(n for n in self.live if n > after)
         assert self.table.utilisation == len(self.live) / self.capacity
         assert list(self.table.ended) == [session for _, session in self.ended.values()]
         for number in range(1, 13):
@@ -121,3 +123,13 @@ def test_ids_begin_at_one_and_wrap_without_meeting_a_readable_one():
     assert first.id == 1
     table._last_id = 2**31 - 1
     assert table.allocate_id() == 2
+
+
+def test_the_order_of_ids_outlives_many_sessions_and_stays_small():
+    table = SessionTable(10, 0)
+    for number in range(1000):
+        table.add(new_session(table.allocate_id()), [])
+        if number >= 10 - 1:
+            table.remove(next(iter(table)))
+    assert [session.id for session in table.after(995)] == [996, 997, 998, 999, 1000]
+    assert len(table._order) < 100

@@ -78,6 +78,9 @@ def request(method, params=None, identity=1):
         (b"[]", rpc.INVALID_REQUEST),
         ([request("echo")], rpc.INVALID_REQUEST),
         ({"id": 1, "method": "echo"}, rpc.INVALID_REQUEST),
+        ({"method": "echo"}, rpc.INVALID_REQUEST),
+        ({"jsonrpc": "2.0"}, rpc.INVALID_REQUEST),
+        ({}, rpc.INVALID_REQUEST),
         ({**request("echo"), "method": 7}, rpc.INVALID_REQUEST),
         ({**request("echo"), "id": {}}, rpc.INVALID_REQUEST),
         ({**request("echo"), "params": [1]}, rpc.INVALID_PARAMS),
@@ -91,6 +94,7 @@ def test_bad_requests_get_an_error_and_the_connection_goes_on(tmp_path, line, co
         return await ask(path, line, request("echo", {"a": 1}, "next"))
 
     refused, fine = serve(tmp_path, work)
+    assert refused["id"] is None or refused["id"] == 1
     assert refused["error"]["code"] == code and "\n" not in refused["error"]["message"]
     assert fine == {"jsonrpc": "2.0", "id": "next", "result": {"a": 1}}
 
@@ -126,6 +130,59 @@ def test_one_client_too_many_is_told(tmp_path):
 
     refused, after = serve(tmp_path, work)
     assert refused["error"]["code"] == rpc.BUSY and "result" in after[0]
+
+
+async def hello(path):
+    """Connect; gives what fwd says unasked, if it hangs up, and what to close."""
+    reader, writer = await asyncio.open_unix_connection(path)
+    try:
+        return json.loads(await asyncio.wait_for(reader.read(), 0.2)), writer
+    except TimeoutError:
+        return None, writer
+
+
+def test_one_who_may_not_read_hears_it_at_once_and_takes_no_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(control, "_peer_of", lambda _: Peer(7777, frozenset()))
+
+    async def work(path, server):
+        refusals = [await asyncio.open_unix_connection(path) for _ in range(2 * control.MAX_CLIENTS)]
+        said = [json.loads(await reader.readline()) for reader, _ in refusals]
+        monkeypatch.setattr(control, "_peer_of", lambda _: Peer(0, frozenset()))
+        served = await ask(path, request("echo"))
+        for _, writer in refusals:
+            writer.close()
+        return said, served, server.refused
+
+    said, served, refused = serve(tmp_path, work)
+    assert {(answer["error"]["code"], answer["id"]) for answer in said} == {(rpc.FORBIDDEN, None)}
+    assert "uid 7777 may not read" in said[0]["error"]["message"]
+    assert "result" in served[0] and refused == 2 * control.MAX_CLIENTS
+
+
+def test_no_user_takes_all_places_and_some_are_roots(tmp_path, monkeypatch):
+    async def work(path, server):
+        writers, served = [], {}
+        for uid in (7001, 7002, 7003, 7004, 0):
+            monkeypatch.setattr(control, "_peer_of", lambda _, uid=uid: Peer(uid, frozenset({"readers"})))
+            said = await asyncio.gather(*(hello(path) for _ in range(12)))
+            writers += [writer for _, writer in said]
+            served[uid] = sum(word is None for word, _ in said)
+            assert all(word["error"]["code"] == rpc.BUSY for word, _ in said if word)
+        for writer in writers:
+            writer.close()
+        return served
+
+    assert serve(tmp_path, work, read=["readers"]) == {7001: 8, 7002: 8, 7003: 8, 7004: 4, 0: 4}
+
+
+def test_refusals_are_counted_and_answers_that_are_no_are_not(tmp_path):
+    async def work(path, server):
+        await ask(path, request("refuse"), request("long"), {**request("echo"), "params": [1]}, request("defect"))
+        assert server.refused == 0
+        await ask(path, b"{", {"method": "echo"})
+        return server.refused
+
+    assert serve(tmp_path, work) == 2
 
 
 def test_a_client_that_does_not_read_is_hung_up_on_and_stalls_nobody(tmp_path, monkeypatch):
@@ -222,3 +279,8 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ControlError, match=r"cannot listen on .* \(.*\): \[control\] socket"):
         serve(tmp_path / "file" / "below", None)
+
+
+def test_a_path_that_no_socket_can_have_is_a_clear_error(tmp_path):
+    with pytest.raises(ControlError, match=r"cannot listen on .* \(AF_UNIX path too long\)"):
+        serve(tmp_path / ("x" * 120), None)

@@ -65,6 +65,61 @@ def test_open_and_closed():
     assert text == "True False\nFalse True True\nFalse\n"
 
 
+def test_rules_that_are_gone_or_others_are_noticed_although_the_table_stands():
+    text = in_namespace(
+        "ruleset = Ruleset(20, True, 1024, Backend.XT)\n"
+        "ruleset.install()\n"
+        "for command in ('flush table ip fwd_dataplane', 'flush chain ip6 fwd_dataplane undecided',\n"
+        "                'insert rule ip fwd_dataplane forward accept'):\n"
+        "    print(ruleset.is_in_place(), end=' ')\n"
+        "    subprocess.run(f'nft {command}', shell=True, check=True)\n"
+        "    print(ruleset.is_in_place(), end=' ')\n"
+        "    ruleset.install()\n"
+        "    print(ruleset.kept_maps, ruleset.is_in_place(), ruleset.has_chains)\n"
+    )
+    assert text == "True False True True False\n" * 3
+
+
+@pytest.mark.parametrize("backend", [Backend.MARK, Backend.IPTABLES])
+def test_chains_of_iptables_are_looked_after_too(backend):
+    text = in_namespace(
+        f"ruleset = Ruleset(20, True, 1024, Backend({backend.value!r}))\n"
+        "ruleset.install()\n"
+        "for command in ('iptables-nft -t mangle -F FWD-INPUT', 'ip6tables-nft -t mangle -D OUTPUT -j FWD-OUTPUT',\n"
+        "                'iptables-nft -t mangle -F; iptables-nft -t mangle -X'):\n"
+        "    print(ruleset.has_chains, ruleset.are_chains_in_place(), end=' ')\n"
+        "    subprocess.run(command, shell=True, check=True)\n"
+        "    print(ruleset.is_in_place(), ruleset.are_chains_in_place(), end=' ')\n"
+        "    ruleset.install()\n"
+        "    print(ruleset.are_chains_in_place())\n"
+    )
+    assert text == "True True True False True\n" * 3
+
+
+@pytest.mark.parametrize("backend", [Backend.XT, Backend.MARK, Backend.IPTABLES])
+def test_rules_of_another_queue_are_anothers_while_somebody_has_it(backend):
+    text = in_namespace(
+        "from netfilterqueue import NetfilterQueue\n"
+        f"kind = Backend({backend.value!r})\n"
+        "Ruleset(20, True, 1024, kind).install()\n"
+        "other = Ruleset(21, True, 1024, kind)\n"
+        "queue = NetfilterQueue()\n"
+        "queue.bind(20, print)\n"
+        "Ruleset(20, True, 1024, kind).refuse_anothers()\n"
+        "try:\n"
+        "    other.refuse_anothers()\n"
+        "except RulesetError as error:\n"
+        "    print(error)\n"
+        "queue.unbind()\n"
+        "other.refuse_anothers()\n"
+        "other.install()\n"
+        "print(other.kept_maps, 'num 21' in listed(), 'num 20' in listed())\n"
+    )
+    refusal, taken_over = text.splitlines()
+    assert refusal.startswith("the rules of fwd are in place for NFQUEUE 20, and a process has that queue")
+    assert taken_over == f"{backend is not Backend.IPTABLES} True False"
+
+
 def test_tables_of_another_layout_are_replaced():
     text = in_namespace(
         "Ruleset(20, True, 1024, Backend.MARK).install()\n"

@@ -69,6 +69,18 @@ def test_the_interface_table():
     assert (table.name_of(2), table.name_of(9), table.owner_of(b"y")) == ("if2", "x", 9)
 
 
+@pytest.mark.parametrize("farewell", [AddressGone(3, b"fe80"), LinkGone(3)])
+def test_an_address_on_two_interfaces_is_known_until_the_last_of_them_loses_it(farewell):
+    table = InterfaceTable()
+    table.apply(InterfaceSnapshot((), (AddressPresent(2, b"fe80"), AddressPresent(3, b"fe80"))))
+    table.apply(AddressPresent(2, b"fe80"))  # said twice, which changes nothing
+    assert table.owner_of(b"fe80") == 3
+    table.apply(farewell)
+    assert table.owner_of(b"fe80") == 2
+    table.apply(AddressGone(2, b"fe80"))
+    assert table.owner_of(b"fe80") is None
+
+
 WATCH = """
 import asyncio, subprocess
 from fwd.core.interfaces import InterfaceTable

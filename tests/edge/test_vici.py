@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fwd.core.sa import SaDeleted, SaEstablished, SaRekeyed, SaSnapshot, SaSourceLost
+from fwd.core.sa import SaDeleted, SaEstablished, SaRekeyed, SaSnapshot, SaSourceAlive, SaSourceLost
 from fwd.edge import vici
 from fwd.edge.vici import ViciAnswerError, ViciListener, parse_event, parse_sas
 from tests.builders import packed
@@ -229,6 +229,17 @@ def test_faults_are_told_once_and_recovered_from(tmp_path, monkeypatch, behave, 
         started = time.monotonic()
         listener.stop()
         assert time.monotonic() - started < 1.5
+
+
+def test_a_probe_that_is_answered_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(vici, "_PROBE_S", 0.1)
+    events = []
+    charon = FakeCharon(tmp_path / "vici", confirm)
+    listener = listen_to(tmp_path / "vici", events)
+    until(lambda: len(events) >= 3)
+    listener.stop()
+    charon.close()
+    assert events[:3] == [SaSnapshot(()), SaSourceAlive(), SaSourceAlive()]
 
 
 def test_without_a_socket_it_says_what_that_means(tmp_path):

@@ -413,6 +413,22 @@ def test_up_that_fails_leaves_nothing(detached, tmp_path):
     assert traces(detached) == before
 
 
+def test_a_configuration_that_is_no_text_is_named(detached, tmp_path):
+    (tmp_path / "fwd.toml").write_bytes(b"x = 1\n\xff")
+    told = lab_command("up", "transit", "--name", detached, "--config", str(tmp_path / "fwd.toml"), status=1)
+    assert f"{tmp_path}/fwd.toml: byte 6 is not UTF-8" in told
+    assert detached not in [entry.name for entry in running()]
+
+
+def test_a_lab_of_another_checkout_is_listed_all_the_same(detached):
+    with subprocess.Popen(["sleep", "60"]) as bystander:
+        Running.of(detached, "no-such-topology", bystander.pid).save()
+        assert f"runs: {detached} (topology no-such-topology; hosts unknown here" in lab_command("list")
+        assert "which this checkout has not" in lab_command("shell", detached, "fwd", status=1)
+        bystander.kill()
+    lab_command("list")  # forgets it
+
+
 def test_a_recycled_pid_is_never_killed(detached):
     with subprocess.Popen(["sleep", "60"]) as bystander:
         real = Running.of(detached, "transit", bystander.pid)

@@ -44,3 +44,8 @@ def test_it_knows_a_handing_over_when_it_sees_one():
     unit = UNIT.read_text()
     assert f"SuccessExitStatus={HANDED_OVER}\n" in unit
     assert re.search(rf"ExecStopPost=.*EXIT_STATUS.*{HANDED_OVER}\b", unit)
+
+
+def test_a_reload_checks_the_file_first():
+    commands = re.findall(r"^ExecReload=(.*)$", UNIT.read_text(), re.MULTILINE)
+    assert commands == ["/usr/local/sbin/fwd --check", "/bin/kill -HUP $MAINPID"]
