@@ -254,8 +254,6 @@ class SaDirectory:
     def _replace_all(self, sas: Iterable[ChildSa], now: float) -> list[SaChange]:
         there = {sa.key: sa for sa in sas}
         gone = {_pair(known.sa): known for key, known in self._known.items() if key not in there}
-        # A rekey whose event was missed shows as one more SA of a tunnel.
-        missed = {known.sa.tunnel: known for known in self._known.values() if not known.is_rekeyed}
         changes: list[SaChange] = []
         for sa in there.values():
             if sa.key in self._known:
@@ -264,8 +262,15 @@ class SaDirectory:
                 del self._known[moved.sa.key]
                 changes += self._update(moved, sa, now)
             else:
-                changes += self._assign(sa, now, missed.pop(sa.tunnel, None))
-        return changes + [change for known in gone.values() for change in self._remove(known, SaEnd.VANISHED, now)]
+                changes += self._assign(sa, now)
+        successors = {sa.tunnel: sa for sa in there.values()}
+        for known in gone.values():
+            successor = successors.get(known.sa.tunnel)
+            if successor is not None and not known.is_rekeyed:  # by a rekey of which no event told
+                known.is_rekeyed = True
+                changes.append(SaReplaced(known.sa, successor))
+            changes += self._remove(known, SaEnd.VANISHED, now)
+        return changes
 
     def _assign(self, sa: ChildSa, now: float, replaces: KnownSa | None = None) -> list[SaChange]:
         known = self._known.get(sa.key)

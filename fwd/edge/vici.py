@@ -49,7 +49,8 @@ _BACKOFF_S = (0.2, 2.0)
 
 #: CHILD_SA states (libcharon/sa/child_sa.h) in which SAs are installed. One that is being replaced or deleted carries
 #: packets until it is gone.
-_INSTALLED = frozenset({"INSTALLED", "UPDATING", "REKEYING", "REKEYED", "DELETING", "DELETED"})
+_LEAVING = frozenset({"REKEYED", "DELETING", "DELETED"})
+_INSTALLED = frozenset({"INSTALLED", "UPDATING", "REKEYING", *_LEAVING})
 
 
 class ViciAnswerError(ValueError):
@@ -64,6 +65,11 @@ def parse_sas(message: Mapping[str, Any]) -> Iterator[ChildSa]:
     for ike_name, ike, child in _children(message):
         if _is_esp(child) and _text(child, "state") in _INSTALLED:
             yield _child_sa(ike_name, ike, child)
+
+
+def is_leaving(message: Mapping[str, Any]) -> bool:
+    """Whether a `list-sas` message has CHILD_SAs that will be gone soon, of which charon will not tell."""
+    return any(_text(child, "state") in _LEAVING for _, _, child in _children(message))
 
 
 def parse_event(name: str, message: Mapping[str, Any]) -> list[SaEvent]:
@@ -291,10 +297,11 @@ class ViciListener:
                     return
                 now = time.monotonic()
                 if now >= snapshot_at:
-                    sas = tuple(sa for answer in asking.list_sas() for sa in parse_sas(answer))
-                    self._deliver(SaSnapshot(sas))
+                    answers = list(asking.list_sas())
+                    self._deliver(SaSnapshot(tuple(sa for answer in answers for sa in parse_sas(answer))))
                     self._lost_reason = ""
-                    probe_at, snapshot_at = now + _PROBE_S, now + _RECONCILE_S
+                    again_s = _AFTER_REKEY_S if any(map(is_leaving, answers)) else _RECONCILE_S
+                    probe_at, snapshot_at = now + _PROBE_S, now + again_s
                     yield
                 elif now >= probe_at:
                     asking.version()
