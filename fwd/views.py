@@ -81,8 +81,7 @@ class Views:
                 for o in self._firewall.linked(session)
             ]
             view["ike"] = [self.ike_sa(sa) for sa in self._firewall.ike_sas(session)]
-            record = self._firewall.ike.record(session.client.address, session.server.address)
-            view["nat_keepalives"] = record.keepalive_count if record else 0
+            view["nat_keepalives"] = self._firewall.ike.keepalives(session.client.address, session.server.address)
             if view["ipsec"] is not None:
                 view["ipsec"]["spis"] = self._spis(session, now)
                 view["ipsec"]["generations"] = self.generations(session)

@@ -104,7 +104,7 @@ class Kernel:
 
     def __init__(self) -> None:
         self.elements: dict[Any, list[Any]] = {}
-        self.comments: dict[Any, tuple[int, bool, float]] = {}
+        self.comments: dict[Any, tuple[int, bool, float, float | None]] = {}
 
     def decide(self, octets: bytes, indev: int, outdev: int) -> bool | None:
         """Whether a packet that an element stands for passes; None: it goes to the queue."""
@@ -133,7 +133,8 @@ class Kernel:
             assert element.key not in self.elements
             self.elements[element.key] = [element.kernel_packets, element.kernel_bytes, element.verdict is Verdict.DROP]
             session = element.flow.session
-            self.comments[element.key] = (session.id, element.flow is session.c2s, session.created_at)
+            is_c2s = element.flow is session.c2s
+            self.comments[element.key] = (session.id, is_c2s, session.created_at, session.gated_until)
         there = [element.key for element in work.reads if element.key in self.elements]
         return Outcome(removed, {key: (self.elements[key][0], self.elements[key][1]) for key in there})
 

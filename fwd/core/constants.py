@@ -39,6 +39,9 @@ SPIS_SEEN: Final = 32
 PEERS_KEPT: Final = 4096
 IKE_SAS_PER_PEERS: Final = 8
 
+#: Exchanges of one IKE_SA that may wait for their answer. Most peers have one at a time (RFC 7296 section 2.3).
+OPEN_EXCHANGES_KEPT: Final = 8
+
 #: An SPI that is silent so soon after another one began has given way to it; strongSwan deletes the old SA at once,
 #: others take some seconds. Two SPIs that were alone for so long are a pair, whatever comes later.
 TAKE_OVER_S: Final = 10.0
@@ -111,3 +114,6 @@ READS_PER_REQUEST: Final = 1024
 
 #: Sessions that an operator's `clear` ends in one go, so that packets do not wait for all of them.
 CLEAR_SLICE: Final = 256
+
+#: Gates that close in one go, and sessions that follow their gate, which takes some 4 ms.
+GATE_SLICE: Final = 256

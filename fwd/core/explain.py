@@ -277,10 +277,13 @@ def _ike(firewall: Firewall, session: Session, clock: Clock) -> Iterator[str]:
         f"IKEv{newest.major} between the two was seen on the wire: the IKE_SA used last has initiator SPI"
         f" {newest.initiator_spi:016x}{floated}, and its last exchange was {newest.last_exchange}."
     )
-    if record.completed_at is None:
-        yield "No exchange that makes a CHILD_SA was seen to be answered."
+    answered = max((sa.completed_at for sa in record.ike_sas.values() if sa.completed_at is not None), default=None)
+    if answered is not None:
+        yield f"An exchange that makes a CHILD_SA was answered last at {clock(answered)}."
+    elif sender := firewall.ike.only_sender(session.client.address, session.server.address):
+        yield f"Only {_host(sender)} was heard: its answers do not come by here, or there are none."
     else:
-        yield f"An exchange that makes a CHILD_SA was answered last at {clock(record.completed_at)}."
+        yield "No exchange that makes a CHILD_SA was seen to be answered."
 
 
 def _identity(session: Session, side: Flow) -> str:
@@ -383,13 +386,8 @@ def _rule(firewall: Firewall, session: Session) -> Iterator[str]:
         )
     if session.state is State.OPENING:
         yield "It is decided anew with the first packet, when the interface is certain."
-    if session.rule.action is Action.ALLOW and _is_gated(firewall, session):
+    if session.rule.action is Action.ALLOW and session.gate is not None:
         yield "The IKE gate between the two is open."
-
-
-def _is_gated(firewall: Firewall, session: Session) -> bool:
-    is_esp_in_transit = not session.is_terminated and session.application is not Application.IKE
-    return is_esp_in_transit and firewall.settings.pass_through is PassThrough.IKE_GATED
 
 
 def _timers(firewall: Firewall, session: Session, now: float, clock: Clock) -> Iterator[str]:
@@ -406,7 +404,7 @@ def _timers(firewall: Firewall, session: Session, now: float, clock: Clock) -> I
         yield f"Without a packet it ends in {left:.0f} s; each packet sets that to {session.timeout_s} s again."
     if firewall.ager.factor > 1:
         yield f"The table is nearly full: time runs {firewall.ager.factor} times as fast."
-    if session.state is State.ACTIVE and _is_gated(firewall, session):
+    if session.state is State.ACTIVE and session.gate is not None:
         until = firewall.gate.open_until(session.client.address, session.server.address)
         if until > now:
             yield f"The IKE gate closes at {clock(until)} unless another exchange completes."

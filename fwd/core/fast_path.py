@@ -48,7 +48,9 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """An element that a former daemon left in the kernel; `started_at` in monotonic seconds, maybe negative."""
+    """An element that a former daemon left in the kernel. Times are monotonic seconds, maybe negative; `gated_until` is
+    when the session's IKE gate would have closed as far as was known when the element was made, None if it had none.
+    """
 
     key: ElementKey
     verdict: Verdict
@@ -56,6 +58,7 @@ class Found:
     session_id: int
     is_c2s: bool
     started_at: float
+    gated_until: float | None = None
 
 
 class FastPath:
@@ -192,7 +195,7 @@ class FastPath:
         """When `sweep` wants to be called; None if there is nothing to look at."""
         if self._retiring or self._left_in_round:
             return self._next_slice_at
-        return self._next_round_at if self._rounds else None
+        return max(self._next_round_at, self._next_slice_at) if self._rounds else None
 
     def sweep(self, now: float) -> list[Element]:
         """Look at the next slice of all elements, if it is time; gives those that only the daemon has."""

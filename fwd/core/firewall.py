@@ -26,6 +26,7 @@ from .constants import (
     CLOSE_WATCH_S,
     CLOSE_WATCH_SESSIONS,
     ELEMENT_IDLE_S,
+    GATE_SLICE,
     LINKED_ENDED,
     LOOK_INTERVAL_S,
     LOOK_MAX_PACKETS,
@@ -52,7 +53,7 @@ from .events import (
 from .fast_path import FastPath, Found, Outcome, Reading, Work
 from .gate import CLOSED, IkeGate
 from .health import Finding, Watch, ask_for_counts, compare, note_counts
-from .ike import IkeSa, IkeWatcher, of_tunnel, peers_of
+from .ike import IkeSa, IkeWatcher, Way, of_tunnel, peers_of
 from .interfaces import InterfaceEvent, InterfaceTable
 from .packet import Kind, Packet, PacketError, packet_of, parse, peek
 from .pairing import SpiSessions, proven_pairs
@@ -142,6 +143,7 @@ class Firewall:
         #: Sessions of this host that no tunnel claimed in time.
         self._unclaimed: dict[Session, None] = {}
         self._health = Watch(self.directory, now)
+        self._to_gate: deque[Session] = deque()
         self._to_watch: deque[Session] = deque()
         self._next_watch_at = 0.0
         #: Sessions that are looked at closely because a new SPI came up, and until when.
@@ -181,6 +183,9 @@ class Firewall:
         ingress, egress = indev or outdev, outdev or indev
         key = self._key(packet, hook, ingress, egress)
         flow = self.table.lookup(key) or self._flow_of_fragment(packet, hook)
+        if flow is not None and flow.session.gate is not None:
+            self._follow_gate(flow.session, now)
+            flow = self.table.lookup(key)
         if flow is None:
             try:
                 flow = self._set_up(packet, key, hook, ingress, egress, now)
@@ -195,7 +200,7 @@ class Firewall:
         elif session.type is SessionType.PRED:  # its tunnel went down before its first packet came
             session.type = SessionType.FLOW
         if packet.kind is Kind.IKE and session.state is State.ACTIVE:
-            self._note_ike(packet, session, now)
+            self._note_ike(packet, flow, indev, outdev, now)
         counted = self._account(flow, packet, now)
         mtu = self.interfaces.mtu_of(ingress)
         if packet.is_fragment or packet.length > mtu:
@@ -242,7 +247,13 @@ class Firewall:
         self._zones_changed()
 
     def reconfigure(self, settings: Settings) -> None:
-        """Take new settings for all sessions to come; those that exist keep their rule and timeout."""
+        """Take new settings for all sessions to come; those that exist keep their rule and timeout.
+
+        If ESP in transit has to pass the IKE gate from now on, what exists opens it, once, as an exchange would.
+        """
+        if settings.pass_through is not self.settings.pass_through:
+            self.gate.open_all()
+            self._to_gate = deque(self.table if settings.pass_through is PassThrough.IKE_GATED else ())
         self.settings = settings
         self.table.capacity = settings.max_sessions
         self.table.keep_ended = settings.keep_ended
@@ -282,7 +293,7 @@ class Firewall:
             deadlines.append(self._next_close_watch_at)
         if (pairing := self.spi_sessions.next_deadline()) is not None:
             deadlines.append(pairing)
-        if self._to_clear:
+        if self._to_clear or self._to_gate:
             deadlines.append(0.0)
         return min(deadlines)
 
@@ -301,10 +312,12 @@ class Firewall:
         for session in [self._to_clear.popleft() for _ in range(min(CLEAR_SLICE, len(self._to_clear)))]:
             if self.table.live(session.id) is session:
                 self._end(session, EndReason.CLEARED, now)
-        for session in self.gate.close_due(now):
-            if session.state is State.ACTIVE:
-                session.rule = CLOSED
-                self._discard(session, now)
+        for session in [self._to_gate.popleft() for _ in range(min(GATE_SLICE, len(self._to_gate)))]:
+            is_in_transit = not session.is_terminated and session.application is not Application.IKE
+            if is_in_transit and session.state is State.ACTIVE and self.table.live(session.id) is session:
+                self.gate.open(session.client.address, session.server.address, now + self.settings.ike_gate_s)
+                self.gate.join(session)
+        self._follow_gates(now)
         self._pair_up(now)
         if now >= self._next_watch_at:
             self._watch(now)
@@ -368,7 +381,8 @@ class Firewall:
         Gives those elements that there is no place for: the kernel is to be rid of them.
         """
         refused = []
-        for found in everything:
+        # The newest word on a session's gate comes first: older elements of it do not know of later exchanges.
+        for found in sorted(everything, key=lambda found: found.gated_until or 0.0, reverse=True):
             try:
                 flow = self._revive(found, now)
             except TableFull:
@@ -379,8 +393,9 @@ class Firewall:
             session.elements[-1].use.unseen_count += found.reading[0]
             self._count(session.elements[-1], *found.reading)
             self.counters.add("pkt_fast_path", found.reading[0])
-            if (found.verdict is Verdict.DROP) != (session.state is State.DISCARD):
-                self.fast_path.withdraw(session.elements)  # today it is decided otherwise
+            is_otherwise = (found.verdict is Verdict.DROP) != (session.state is State.DISCARD)
+            if is_otherwise or (session.gate is not None and found.gated_until is None):
+                self.fast_path.withdraw(session.elements)  # today it is decided otherwise, or by a gate that it names
         return refused
 
     def hand_over(self) -> list[Element]:
@@ -618,29 +633,49 @@ class Firewall:
         return flow
 
     def _ask_gate(self, session: Session, was: Found | None, now: float) -> None:
-        """Let the IKE gate between its peers have its say on a session in transit."""
+        """Let the IKE gate between its peers have its say on a session in transit that a rule allows."""
+        if session.rule.action is Action.DENY:
+            return
         a, b = session.client.address, session.server.address
-        if was is not None and was.verdict is Verdict.ACCEPT:  # a former daemon saw the exchange
-            self.gate.open(a, b, now + self.settings.ike_gate_s)
-        self.gate.join(session)
-        if self.gate.open_until(a, b) <= now:
+        if was is not None and was.verdict is Verdict.ACCEPT:  # a former daemon saw the exchange, or had no gate
+            until = now + self.settings.ike_gate_s if was.gated_until is None else was.gated_until
+            if until > now:
+                self.gate.open(a, b, until)
+        if not self.gate.join(session).is_open(now):
             session.rule = CLOSED
             self.counters.add("flow_ike_gate_closed")
 
-    def _note_ike(self, packet: Packet, session: Session, now: float) -> None:
+    def _follow_gate(self, session: Session, now: float) -> None:
+        """Do with a session as its gate says now, if that is not what was done before."""
+        is_open = session.gate is not None and session.gate.is_open(now)
+        if is_open and session.rule is CLOSED:
+            self._end(session, EndReason.POLICY_DENY, now)  # the next packet opens another one
+        elif not is_open and session.state is State.ACTIVE:
+            session.rule = CLOSED
+            self._discard(session, now)
+
+    def _follow_gates(self, now: float) -> None:
+        """The same for the next of those whose gate has opened or closed."""
+        for session in self.gate.due(now):
+            if self.table.live(session.id) is session:
+                self._follow_gate(session, now)
+
+    def _note_ike(self, packet: Packet, flow: Flow, indev: int, outdev: int, now: float) -> None:
         """An IKE message that passed may open the gate between its peers."""
         if packet.is_keepalive:
             self.counters.add("ike_keepalive")
         elif packet.ike is None:
             self.counters.add("ike_not_ike")
             return
+        session = flow.session
+        way = Way(indev, outdev, flow.zone, session.flow(flow is not session.c2s).zone)
         ports = (packet.sport, packet.dport)
-        is_complete = self.ike.note(packet.ike, packet.src, packet.dst, ports, session.id, now)
-        if is_complete:
-            self.counters.add("ike_completed")
-        if is_complete and self.settings.pass_through is PassThrough.IKE_GATED:
-            for waiting in self.gate.open(packet.src, packet.dst, now + self.settings.ike_gate_s):
-                self._end(waiting, EndReason.POLICY_DENY, now)  # the next packet opens another one
+        if not self.ike.note(packet.ike, packet.src, packet.dst, ports, way, session.id, now):
+            return
+        self.counters.add("ike_completed")
+        if self.settings.pass_through is PassThrough.IKE_GATED:
+            self.gate.open(packet.src, packet.dst, now + self.settings.ike_gate_s)
+            self._follow_gates(now)
 
     def _pair_up(self, now: float) -> None:
         """Sessions of one SPI each become one session when it is proven that they are one tunnel."""
@@ -874,6 +909,7 @@ class Firewall:
         `turned`: what is c2s there is s2c here.
         """
         self.table.remove(provisional)
+        self.gate.leave(provisional)
         flows = [session.flow((element.flow is provisional.c2s) != turned) for element in provisional.elements]
         for is_c2s in (True, False):
             session.flow(is_c2s != turned).absorb(provisional.flow(is_c2s))

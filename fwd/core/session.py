@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from .constants import (
     GENERATIONS_KEPT,
@@ -25,6 +25,9 @@ from .policy import Rule, Verdict
 from .sa import ChildSa, SaEnd, SpiKey
 from .sequence import Sequence
 from .state import EndReason, State, Trigger, next_state
+
+if TYPE_CHECKING:
+    from .gate import Gate
 
 
 class Application(StrEnum):
@@ -313,7 +316,7 @@ class Session:
     `refresh_s` is what a packet sets the time to live to: 0 where packets do not prolong it. `ingress` and
     `egress` are interface names as of the first packet. `generations` are the CHILD_SAs of a tunnel that ends here,
     those that are gone included, the newest last, and `is_client_here` says whether this host initiated it.
-    `udp_ports` are those of ESP in UDP, client first.
+    `udp_ports` are those of ESP in UDP, client first. `gate` is the IKE gate that it may have to pass.
     """
 
     id: int
@@ -340,6 +343,7 @@ class Session:
     elements: tuple[Element, ...] = field(default=(), repr=False)
     rekeys: int = 0
     udp_ports: tuple[int, int] | None = None
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
         self.c2s.session = self.s2c.session = self
@@ -403,6 +407,11 @@ class Session:
     def is_decided(self) -> bool:
         """Whether every packet of it meets the same verdict until something changes."""
         return not self.is_provisional and self.state in (State.ACTIVE, State.DISCARD)
+
+    @property
+    def gated_until(self) -> float | None:
+        """When its IKE gate closes; None if it has none."""
+        return self.gate.open_until if self.gate else None
 
     def flow(self, is_c2s: bool) -> Flow:
         """The flow of that direction."""

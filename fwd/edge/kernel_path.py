@@ -23,7 +23,7 @@ from .ruleset import TABLE, Backend, maps
 log = logging.getLogger(__name__)
 
 _INTERFACES = struct.Struct("=II")
-_COMMENT = re.compile(r"session (\d+) (c2s|s2c), SPI \d+, since (\d+)")
+_COMMENT = re.compile(r"session (\d+) (c2s|s2c), SPI \d+, since (\d+)(?:, gate until (\d+))?")
 
 # Attributes of an element (linux/netfilter/nf_tables.h, NFTA_SET_ELEM_*), and of the list that it stands in.
 _KEY, _DATA, _USERDATA, _EXPRESSION = 1, 2, 6, 7
@@ -76,10 +76,11 @@ class KernelPath:
             for key, attributes in _elements_in(answers):
                 assert 8 + len(key[2]) == size
                 words = _COMMENT.match(nft.comment_in(attributes.get(_USERDATA, b"")) or "")
-                session, side, since = words.groups() if words else ("0", "c2s", f"{time.time():.0f}")
+                session, side, since, gate = words.groups() if words else ("0", "c2s", f"{time.time():.0f}", None)
                 verdict = Verdict.DROP if nft.verdict_in(attributes[_DATA]) == nft.NF_DROP else Verdict.ACCEPT
                 reading = _reading(attributes)
-                found.append(Found(key, verdict, reading, int(session), side == "c2s", int(since) - offset))
+                started_at, gated_until = int(since) - offset, int(gate) - offset if gate else None
+                found.append(Found(key, verdict, reading, int(session), side == "c2s", started_at, gated_until))
         return found
 
     def _change(
@@ -119,12 +120,15 @@ class KernelPath:
     def _new_element(self, element: Element) -> bytes:
         session = element.flow.session
         side = "c2s" if element.flow is session.c2s else "s2c"
-        since = time.time() - time.monotonic() + session.created_at
         spi = int.from_bytes(element.key[2][-4:])
+        offset = time.time() - time.monotonic()
+        said = f"session {session.id} {side}, SPI {spi}, since {offset + session.created_at:.0f}"
+        if session.gated_until is not None:
+            said += f", gate until {offset + session.gated_until:.0f}"
         return _element(
             element.key,
             self._verdicts[element.verdict]
-            + nft.comment(_USERDATA, f"session {session.id} {side}, SPI {spi}, since {since:.0f}")
+            + nft.comment(_USERDATA, said)
             + _new_counter(element.kernel_packets, element.kernel_bytes),
         )
 

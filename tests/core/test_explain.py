@@ -221,7 +221,8 @@ def test_an_exchange_that_completed_is_known_after_the_ike_sa_was_rekeyed():
     bench.receive(esp(PEER, HERE, SA.spi_in))
     bench.receive(ike_message(PEER, HERE, 34, 8))
     tunnel = bench.sessions[0]
-    assert "No exchange that makes a CHILD_SA was seen to be answered" in explained(bench, tunnel)["what it is"]
+    assert f"Only {PEER} was heard" in explained(bench, tunnel)["what it is"]
+    bench.send(ike_message(HERE, PEER, 34, 0x20))
     for message in (35, 36):
         bench.receive(ike_message(PEER, HERE, message, 8))
         bench.send(ike_message(HERE, PEER, message, 0x20))

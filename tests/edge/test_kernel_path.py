@@ -24,6 +24,7 @@ for size in (12, 16, 36, 40):
             id=10 * size + number,
             c2s=flow if number < 2 else None,
             created_at=time.monotonic() - 60,
+            gated_until=time.monotonic() + 100 if number == 0 else None,
         )
         key = (1, 0 if number == 2 else 1, bytes([number + 1]) * (size - 4) + (4096 + number).to_bytes(4))
         use = SpiUse(4096 + number, flow, 0.0, 0.0)
@@ -39,11 +40,14 @@ def run(script):
 
 
 def test_what_is_written_is_what_nft_lists():
-    installed, listing, found = run(
+    installed, listing, found, times = run(
         "print(json.dumps(path.carry_out(Work(installs=elements)).installed))\n"
         "print(json.dumps(listed('nft list table ip fwd_dataplane; nft list table ip6 fwd_dataplane')))\n"
         "found = [(f.session_id, f.verdict.value, f.reading, f.is_c2s, f.key[:2]) for f in path.find_all()]\n"
         "print(json.dumps(found))\n"
+        "now = time.monotonic()\n"
+        "times = [(now - f.started_at, f.gated_until and f.gated_until - now) for f in path.find_all()]\n"
+        "print(json.dumps([len(times), *set((round(a, -1), b and round(b, -1)) for a, b in times)]))\n"
     )
     assert installed
     assert '"lo" . "lo" . 1.1.1.1 . 1.1.1.1 . 0.0.16.0 counter packets 5 bytes 500' in listing
@@ -58,6 +62,7 @@ def test_what_is_written_is_what_nft_lists():
         for size in (12, 16, 36, 40)
         for n in range(3)
     )
+    assert times[0] == 12 and sorted(times[1:], key=str) == [[60, 100], [60, None]]
 
 
 def test_reading_and_removing_bring_the_counts():

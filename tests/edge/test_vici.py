@@ -71,7 +71,7 @@ def test_nat_t_and_ipv6_and_a_link_local_scope():
         ({"state": b"REKEYING"}, True),
         ({"state": b"REKEYED"}, True),
         ({"state": b"DELETING"}, True),
-        ({"state": b"DELETED"}, False),
+        ({"state": b"DELETED"}, True),  # its inbound half stays for a while
         ({"state": b"CREATED"}, False),
         ({"protocol": b"AH"}, False),
     ],
