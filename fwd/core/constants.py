@@ -54,10 +54,11 @@ ONE_WAY_S: Final = 30.0
 RECENT_S: Final = 300.0
 
 #: After a new SPI came up, the counts of its session are read so often, and for so long: to tell when the old one fell
-#: silent. Of very many such sessions at once, the first so many.
+#: silent. Of very many such sessions at once, the first so many; not those with more SPIs than tunnels have.
 CLOSE_WATCH_INTERVAL_S: Final = 0.1
 CLOSE_WATCH_S: Final = 10.0
 CLOSE_WATCH_SESSIONS: Final = 64
+CLOSE_WATCH_SPIS: Final = 16
 
 #: fwd's count of an SA and the IKE daemon's are read some milliseconds apart: a difference of so many packets, and of
 #: this share of all, means nothing.

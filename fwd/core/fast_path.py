@@ -125,7 +125,7 @@ class FastPath:
 
     def adopt(self, found: Found, use: SpiUse, now: float) -> None:
         """Take over an element that is in the kernel already; what it counted is the caller's to add."""
-        self._take_in(Element(found.key, use, found.verdict, *found.reading, now, Place.KERNEL))
+        self._take_in(Element(found.key, use, found.verdict, *found.reading, now, Place.KERNEL, looked_at=now))
         self.in_kernel += 1
 
     def settle(self, installs: Iterable[Element], is_installed: bool) -> None:

@@ -25,6 +25,7 @@ from .constants import (
     CLOSE_WATCH_INTERVAL_S,
     CLOSE_WATCH_S,
     CLOSE_WATCH_SESSIONS,
+    CLOSE_WATCH_SPIS,
     ELEMENT_IDLE_S,
     GATE_SLICE,
     LINKED_ENDED,
@@ -418,7 +419,8 @@ class Firewall:
         """The kernel's counters include what the daemon counted: whoever adopts the elements goes on from there."""
         for carrier in carriers:
             flow = carrier.flow
-            others = [e for e in flow.session.elements if e.flow is flow and e.place is Place.KERNEL]
+            placed = (Place.KERNEL, Place.PENDING)  # those of the carriers before this one
+            others = [e for e in flow.session.elements if e.flow is flow and e.place in placed]
             packets = flow.packet_count - sum(element.kernel_packets for element in others)
             octets = flow.byte_count - sum(element.kernel_bytes for element in others)
             self.fast_path.learn(carrier.key, carrier.use, carrier.verdict, (packets, octets), now)
@@ -988,8 +990,10 @@ class Firewall:
 
     def _begin_close_watch(self, session: Session, now: float) -> None:
         """A new SPI has come up in a session: for a while it matters when the others were last seen."""
-        if len(session.c2s.uses) + len(session.s2c.uses) > 2 and len(self._close_watch) < CLOSE_WATCH_SESSIONS:
-            self.fast_path.read(session)
+        is_rekey = len(session.c2s.uses) + len(session.s2c.uses) > 2 and len(session.elements) <= CLOSE_WATCH_SPIS
+        if is_rekey and len(self._close_watch) < CLOSE_WATCH_SESSIONS:
+            if session not in self._close_watch:
+                self.fast_path.read(session)
             self._close_watch[session] = now + CLOSE_WATCH_S
 
     def _watch_closely(self, now: float) -> None:

@@ -24,6 +24,7 @@ from tests.builders import (
     esp,
     esp_in_udp,
     ike,
+    ipv4,
     packed,
     settings,
     udp,
@@ -340,3 +341,20 @@ def test_a_reload_leaves_sessions_as_they_were(bench):
     bench.firewall.reconfigure(settings(DENY_ALL))
     bench.wait(1)
     assert bench.forward(esp(LEFT, RIGHT, 7)) and handled(bench) == 1
+
+
+def test_an_spi_that_is_just_looked_at_does_not_make_a_hand_over_count_twice():
+    """Its element is withdrawn as well as the one that carries what the daemon counted of the same flow."""
+    bench = Bench(fast_path=True)
+    for seq in range(1, 101):
+        bench.forward(esp(LEFT, RIGHT, 5, seq))
+        bench.forward(esp(LEFT, RIGHT, 6, seq))
+    bench.forward(ipv4(LEFT, RIGHT, 50, esp(LEFT, RIGHT, 5, 101)[20:], options=bytes(4)))
+    bench.read_all()
+    looked_at = bench.session.elements[1]
+    bench.firewall.fast_path.look_at([looked_at])
+    bench.serve_kernel()
+    assert bench.session.packet_count == 201 or len(bench.session.elements) == 1
+    total = bench.session.packet_count
+    bench.restart()
+    assert bench.session.packet_count == total
