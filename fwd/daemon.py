@@ -33,7 +33,6 @@ from .core.events import (
     TunnelsStale,
     TunnelTrouble,
 )
-from .core.fast_path import Outcome
 from .core.firewall import Firewall
 from .core.interfaces import InterfaceEvent
 from .core.sa import SaEvent, SaSnapshot, SaSourceLost
@@ -181,12 +180,7 @@ class Daemon:
     def _serve_kernel(self) -> None:
         """Let the kernel do what the core wants of it."""
         while self._kernel is not None and (work := self._firewall.take_work()) is not None:
-            try:
-                outcome = self._kernel.carry_out(work)
-            except OSError as error:
-                log.error("the kernel's fast path does not answer: %s", error)
-                outcome = Outcome({}, {}, False)
-            self._firewall.apply_outcome(work, outcome, time.monotonic())
+            self._firewall.apply_outcome(work, self._kernel.carry_out(work), time.monotonic())
 
     def _packets(self) -> None:
         self._queue.turn(PACKETS_PER_TURN)

@@ -108,13 +108,21 @@ ELEMENT_IDLE_S: Final = 300.0
 #: packets in the queue have their turn for at least so long.
 SWEEP_INTERVAL_S: Final = 1.0
 SWEEP_SLICE: Final = 256
+
+#: Elements that are withdrawn in one go where very many are, some 13 ms' worth: after a change of zones, say.
+RETIRE_SLICE: Final = 1024
+
+#: How often the kernel is asked to remove an element, if it does not answer, before its last counts are given up.
+REMOVAL_TRIES: Final = 50
+
 SWEEP_PAUSE_S: Final = 0.02
 
 #: Counts that the kernel is asked for while somebody waits for an answer; any others are up to a sweep old.
 READS_PER_REQUEST: Final = 1024
 
-#: Sessions that an operator's `clear` ends in one go, so that packets do not wait for all of them.
+#: Sessions that an operator's `clear` ends in one go, and elements of them, so that packets do not wait for all.
 CLEAR_SLICE: Final = 256
+CLEAR_ELEMENTS: Final = 1024
 
 #: Gates that close in one go, and sessions that follow their gate, which takes some 4 ms.
 GATE_SLICE: Final = 256

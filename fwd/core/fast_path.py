@@ -12,12 +12,20 @@ its last count in one step, and the kernel's counts are read as absolutes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TypeAlias
 
-from .constants import ELEMENTS_PER_SESSION, READS_PER_REQUEST, SWEEP_INTERVAL_S, SWEEP_PAUSE_S, SWEEP_SLICE
+from .constants import (
+    ELEMENTS_PER_SESSION,
+    READS_PER_REQUEST,
+    REMOVAL_TRIES,
+    RETIRE_SLICE,
+    SWEEP_INTERVAL_S,
+    SWEEP_PAUSE_S,
+    SWEEP_SLICE,
+)
 from .policy import Verdict
 from .session import Element, ElementKey, Place, Session, SpiUse
 
@@ -34,16 +42,18 @@ class Work:
     reads: list[Element] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outcome:
     """What the kernel said: the last counts of what was removed, and those that were read.
 
-    An element that is missing in them was not there any more. `installed`: the new elements are in place.
+    An element that is missing in them was not there any more, unless it is in `unknown`: there was no answer for those,
+    whatever was to be done with them. `refused` are new ones that are not in place.
     """
 
-    removed: Mapping[ElementKey, Reading]
-    read: Mapping[ElementKey, Reading]
-    installed: bool = True
+    removed: dict[ElementKey, Reading] = field(default_factory=dict)
+    read: dict[ElementKey, Reading] = field(default_factory=dict)
+    refused: set[ElementKey] = field(default_factory=set)
+    unknown: set[ElementKey] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +87,8 @@ class FastPath:
         #: How many elements the kernel has.
         self.in_kernel = 0
         self._removals: list[Element] = []
+        #: Removals that the kernel did not answer, to be asked for again.
+        self._unanswered: list[Element] = []
         self._reads: list[Element] = []
         self._retiring: deque[Element] = deque()
         self._elements: dict[ElementKey, Element] = {}
@@ -98,20 +110,23 @@ class FastPath:
     @property
     def is_owed_counts(self) -> bool:
         """Whether counts of removed elements have still to come."""
-        return bool(self._removals)
+        return bool(self._removals or self._unanswered)
 
     @property
-    def is_asking(self) -> bool:
-        """Whether the kernel is to be asked for counts."""
-        return bool(self._reads)
+    def asked_count(self) -> int:
+        """How many elements the kernel is to be asked for with the next work."""
+        return len(self._reads)
 
     def learn(
         self, key: ElementKey, use: SpiUse, verdict: Verdict, first: Reading, now: float, mtu: int = 0x1_0000
     ) -> bool:
         """Repeat the decision on the SPI's session for packets with this key from now on. False: there is no room.
 
-        `first` is what the daemon counted already under this key; the kernel goes on from there.
+        `first` is what the daemon counted already under this key; the kernel goes on from there. A key that is known
+        stays as it is: packets like it may come here all the same, with IP options, say.
         """
+        if key in self._elements:
+            return True
         session = use.flow.session
         if len(self._elements) >= self.capacity or len(session.elements) >= ELEMENTS_PER_SESSION:
             return False
@@ -128,12 +143,24 @@ class FastPath:
         self._take_in(Element(found.key, use, found.verdict, *found.reading, now, Place.KERNEL, looked_at=now))
         self.in_kernel += 1
 
-    def settle(self, installs: Iterable[Element], is_installed: bool) -> None:
-        """The kernel has taken these over, or not."""
+    def settle(self, installs: Iterable[Element], refused: Collection[ElementKey]) -> None:
+        """The kernel has taken these over, but for those that it refused.
+
+        Where it did not answer, it is taken to have done it: the next reading tells.
+        """
         for element in installs:
             if element.place is Place.PENDING:
+                is_installed = element.key not in refused
                 element.place = Place.KERNEL if is_installed else Place.DAEMON
                 self.in_kernel += is_installed
+
+    def remove_again(self, element: Element) -> bool:
+        """The kernel did not answer when it was to remove this one: it is asked again. False: it was often enough."""
+        element.tries += 1
+        if element.tries >= REMOVAL_TRIES:
+            return False
+        self._unanswered.append(element)
+        return True
 
     def _take_in(self, element: Element) -> None:
         self._elements[element.key] = element
@@ -193,7 +220,7 @@ class FastPath:
 
     def next_deadline(self) -> float | None:
         """When `sweep` wants to be called; None if there is nothing to look at."""
-        if self._retiring or self._left_in_round:
+        if self._retiring or self._left_in_round or self._unanswered:
             return self._next_slice_at
         return max(self._next_round_at, self._next_slice_at) if self._rounds else None
 
@@ -202,7 +229,9 @@ class FastPath:
         if now < self._next_slice_at:
             return []
         self._next_slice_at = now + SWEEP_PAUSE_S
-        retiring = [self._retiring.popleft() for _ in range(min(SWEEP_SLICE, len(self._retiring)))]
+        self._removals += [element for element in self._unanswered if element.key not in self._elements]
+        self._unanswered.clear()
+        retiring = [self._retiring.popleft() for _ in range(min(RETIRE_SLICE, len(self._retiring)))]
         self.withdraw(element for element in retiring if element.place is not Place.GONE)
         if not self._left_in_round and now >= self._next_round_at:
             self._left_in_round = len(self._rounds)

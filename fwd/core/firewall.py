@@ -21,6 +21,7 @@ from enum import IntEnum
 
 from .ager import Ager
 from .constants import (
+    CLEAR_ELEMENTS,
     CLEAR_SLICE,
     CLOSE_WATCH_INTERVAL_S,
     CLOSE_WATCH_S,
@@ -33,7 +34,9 @@ from .constants import (
     LOOK_MAX_PACKETS,
     LOOK_MIN_PACKETS,
     LOOKS_PER_TURN,
+    READS_PER_REQUEST,
     SA_LINGER_S,
+    SWEEP_INTERVAL_S,
     UNKNOWN_SPI_KEYS,
     WATCH_INTERVAL_S,
     WATCH_SLICE,
@@ -273,9 +276,18 @@ class Firewall:
 
         A tunnel that is still up gets a new session at once.
         """
-        for session in sessions[:CLEAR_SLICE]:
-            self._end(session, EndReason.CLEARED, now)
-        self._to_clear.extend(sessions[CLEAR_SLICE:])
+        self._to_clear.extend(sessions)
+        self._clear_slice(now)
+
+    def _clear_slice(self, now: float) -> None:
+        elements = 0
+        for _ in range(min(CLEAR_SLICE, len(self._to_clear))):
+            session = self._to_clear.popleft()
+            if self.table.live(session.id) is session:
+                elements += len(session.elements)
+                self._end(session, EndReason.CLEARED, now)
+            if elements >= CLEAR_ELEMENTS:
+                break
 
     def next_deadline(self) -> float:
         """When `handle_timer` wants to be called, at the latest."""
@@ -305,14 +317,14 @@ class Firewall:
             self._events.append(CounterRose(counter.name, counter.description, amount, value))
         for session in self.ager.due(now):
             self._expire(session, now)
+            if self.fast_path.asked_count >= READS_PER_REQUEST:
+                break
         while self._lingering and self._lingering[0][0] <= now:
             _, session, sa = self._lingering.popleft()
             in_use = {key for other in session.sas for key in (other.key_in, other.key_out)}
             if self.table.live(session.id) is session and sa not in session.sas:
                 self._unindex(session, {sa.key_in, sa.key_out} - in_use)
-        for session in [self._to_clear.popleft() for _ in range(min(CLEAR_SLICE, len(self._to_clear)))]:
-            if self.table.live(session.id) is session:
-                self._end(session, EndReason.CLEARED, now)
+        self._clear_slice(now)
         for session in [self._to_gate.popleft() for _ in range(min(GATE_SLICE, len(self._to_gate)))]:
             is_in_transit = not session.is_terminated and session.application is not Application.IKE
             if is_in_transit and session.state is State.ACTIVE and self.table.live(session.id) is session:
@@ -347,15 +359,18 @@ class Firewall:
 
     def apply_outcome(self, work: Work, outcome: Outcome, now: float) -> None:
         """Hear what came of it: count what the kernel counted, and end the sessions that only waited for that."""
-        self.fast_path.settle(work.installs, outcome.installed)
-        if work.installs and not outcome.installed:
-            self.counters.add("fast_path_refused", len(work.installs))
+        self.fast_path.settle(work.installs, outcome.refused)
+        self.counters.add("fast_path_refused", len(outcome.refused))
         idle_since = now - ELEMENT_IDLE_S
         to_look_at: list[Element] = []
         for elements, readings in ((work.removals, outcome.removed), (work.reads, outcome.read)):
             for element in elements:
                 reading = readings.get(element.key)
                 if reading is None:
+                    if element.key in outcome.unknown and (
+                        readings is outcome.read or self.fast_path.remove_again(element)
+                    ):
+                        continue
                     self.fast_path.forget_lost(element)
                     self.counters.add("fast_path_lost")
                 elif packets := reading[0] - element.kernel_packets:
@@ -370,10 +385,12 @@ class Firewall:
         for session in asked:
             if self.table.live(session.id) is not session:
                 continue
-            if self.ager.is_due(session, now):
-                self._time_is_up(session, now)
-            else:
+            if not self.ager.is_due(session, now):
                 self.ager.resume(session)
+            elif any(element.key in outcome.unknown for element in session.elements):
+                self.ager.arm(session, SWEEP_INTERVAL_S, now)  # nobody knows whether packets came
+            else:
+                self._time_is_up(session, now)
 
     def adopt(self, everything: Iterable[Found], now: float) -> list[ElementKey]:
         """Take over what a former daemon left in the kernel: its sessions go on, with what was counted under them.
@@ -594,6 +611,8 @@ class Firewall:
                 known = self.table.lookup(key)
                 if known is not None:
                     return known
+        if len(self.table) >= self.table.capacity:
+            raise TableFull
         application = GENERIC_APPLICATION[packet.kind]
         is_provisional = not isinstance(key, FlowKey)
         # What may be a tunnel's of this host, although it cannot be told yet or ever, is judged as such.

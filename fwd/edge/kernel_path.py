@@ -32,6 +32,8 @@ _LIST_ELEMENT = 1
 
 #: Elements in one message: its list of them has room for 64 KiB.
 _PER_MESSAGE = 256
+#: Elements in one transaction: what they weigh, and what the kernel echoes, has room in any socket buffer.
+_PER_TRANSACTION = 512
 
 
 class KernelPath:
@@ -50,9 +52,22 @@ class KernelPath:
         self._socket.close()
 
     def carry_out(self, work: Work) -> Outcome:
-        """Remove, install, read. What could not be done shows in the outcome; raises OSError only."""
-        removed, installed = self._change(work.removals, work.installs)
-        return Outcome(removed, self._read([element.key for element in work.reads]), installed)
+        """Remove, install, read, in transactions of a bounded size. What could not be done shows in the outcome."""
+        outcome = Outcome()
+        changes = [(element, False) for element in work.removals] + [(element, True) for element in work.installs]
+        for start in range(0, len(changes), _PER_TRANSACTION):
+            part = changes[start : start + _PER_TRANSACTION]
+            try:
+                self._change(part, outcome)
+            except OSError as error:  # it may have been done or not; what was still to do is not
+                log.error("the kernel's fast path does not answer: %s", error)
+                outcome.unknown.update(element.key for element, _ in part)
+                rest = changes[start + _PER_TRANSACTION :]
+                outcome.unknown.update(element.key for element, is_new in rest if not is_new)
+                outcome.refused.update(element.key for element, is_new in rest if is_new)
+                break
+        self._read([element.key for element in work.reads], outcome)
+        return outcome
 
     def remove(self, keys: Sequence[ElementKey]) -> None:
         """Take out elements whose counts nobody wants."""
@@ -83,39 +98,45 @@ class KernelPath:
                 found.append(Found(key, verdict, reading, int(session), side == "c2s", started_at, gated_until))
         return found
 
-    def _change(
-        self, removals: Sequence[Element], installs: Sequence[Element]
-    ) -> tuple[dict[ElementKey, Reading], bool]:
-        """One transaction: the last counts of what was removed, and whether the new elements are in place."""
-        messages = [
-            *self._messages(Kind.DELSETELEM, ((element.key, _element(element.key)) for element in removals)),
-            *self._messages(Kind.NEWSETELEM, ((element.key, self._new_element(element)) for element in installs)),
-        ]
+    def _change(self, changes: Sequence[tuple[Element, bool]], outcome: Outcome) -> None:
+        """One transaction of removals (False), whose last counts it gives, and of installs (True). Raises OSError."""
+        removals = ((element.key, _element(element.key)) for element, is_new in changes if not is_new)
+        installs = ((element.key, self._new_element(element)) for element, is_new in changes if is_new)
+        messages = [*self._messages(Kind.DELSETELEM, removals), *self._messages(Kind.NEWSETELEM, installs)]
         try:
-            return _readings(self._socket.transact(messages)), True
+            outcome.removed.update(_readings(self._socket.transact(messages)))
         except NftError as error:
-            if not removals or (len(removals) == 1 and not installs):
+            if len(changes) > 1:  # the kernel did nothing, because one is not there, say: each on its own tells which
+                for change in changes:
+                    self._change([change], outcome)
+                return
+            ((element, is_new),) = changes
+            if is_new:
+                outcome.refused.add(element.key)
+            elif error.number != errno.ENOENT:
+                outcome.unknown.add(element.key)
+            if error.number != errno.ENOENT:
                 log.warning("the fast path cannot be changed: %s", error)
-                return {}, False
-        # The kernel did nothing, because one of these is not there, say: each on its own tells which.
-        removed: dict[ElementKey, Reading] = {}
-        for element in removals:
-            removed.update(self._change([element], [])[0])
-        return removed, not installs or self._change([], installs)[1]
 
-    def _read(self, keys: Sequence[ElementKey]) -> dict[ElementKey, Reading]:
-        readings: dict[ElementKey, Reading] = {}
-        for message in self._messages(Kind.GETSETELEM, ((key, _element(key)) for key in keys)):
+    def _read(self, keys: Sequence[ElementKey], outcome: Outcome) -> None:
+        missing: list[ElementKey] = []
+        for start in range(0, len(keys), _PER_MESSAGE):
+            part = keys[start : start + _PER_MESSAGE]
             try:
-                readings.update(_readings(self._socket.ask(message)))
+                for message in self._messages(Kind.GETSETELEM, ((key, _element(key)) for key in part)):
+                    outcome.read.update(_readings(self._socket.ask(message)))
             except NftError as error:
                 if error.number != errno.ENOENT:
                     log.warning("the fast path cannot be read: %s", error)
-        if len(keys) > 1:  # the kernel stops at one that is not there: each on its own tells which
-            for key in keys:
-                if key not in readings:
-                    readings.update(self._read([key]))
-        return readings
+                    outcome.unknown.update(key for key in part if key not in outcome.read)
+                elif len(part) > 1:  # the kernel stops at one that is not there: each on its own tells which
+                    missing += [key for key in part if key not in outcome.read]
+            except OSError as error:
+                log.error("the kernel's fast path does not answer: %s", error)
+                outcome.unknown.update(key for key in keys[start:] if key not in outcome.read)
+                break
+        for key in missing:
+            self._read([key], outcome)
 
     def _new_element(self, element: Element) -> bytes:
         session = element.flow.session

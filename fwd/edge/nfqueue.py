@@ -87,9 +87,11 @@ class PacketQueue:
         if self._queue is None:
             return False
         self._left, self._now = budget, monotonic()
-        with contextlib.suppress(_TurnIsOver):
-            self._queue.run(block=False)
-        self._release()
+        try:
+            with contextlib.suppress(_TurnIsOver):
+                self._queue.run(block=False)
+        finally:
+            self._release()
         return self._left == 0
 
     def close(self) -> None:

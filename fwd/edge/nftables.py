@@ -41,7 +41,7 @@ NLM_F_APPEND = 0x800
 NESTED = 0x8000
 _NLA_TYPE_MASK = 0x3FFF
 
-_SO_RCVBUFFORCE = 33  # asm-generic/socket.h
+_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33  # asm-generic/socket.h
 #: Room for what one transaction echoes: the kernel charges up to 4 KiB for an element of a hundred bytes.
 _RECEIVE_BYTES = 16 * 2**20
 _SEND_BYTES = 4 * 2**20
@@ -341,11 +341,14 @@ class NftSocket:
         connection = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
         connection.bind((0, 0))
         connection.settimeout(_TIMEOUT_S)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
-        try:
-            connection.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BYTES)
-        except PermissionError:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES)
+        for force, option, size in (
+            (_SO_SNDBUFFORCE, socket.SO_SNDBUF, _SEND_BYTES),
+            (_SO_RCVBUFFORCE, socket.SO_RCVBUF, _RECEIVE_BYTES),
+        ):
+            try:
+                connection.setsockopt(socket.SOL_SOCKET, force, size)
+            except PermissionError:
+                connection.setsockopt(socket.SOL_SOCKET, option, size)
         return connection
 
     def close(self) -> None:

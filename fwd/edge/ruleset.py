@@ -6,7 +6,7 @@ and reads them). What is in no map falls through to the queue. In nft's words:
 
     chain forward {
         type filter hook forward priority mangle; policy accept;
-        ip protocol esp  esp sequence != 0  iif . oif . ip saddr . ip daddr . esp spi vmap @esp    # accept or drop
+        ip protocol esp  esp sequence != 0  iif . oif . ip saddr . ip daddr . esp spi vmap @decided_esp
         meta l4proto esp  goto undecided
         meta l4proto udp  goto udp
     }
@@ -34,13 +34,13 @@ from .nftables import KeyField, Kind, Message, NftError, NftSocket
 from .queue_stats import kernel_queue_stats
 
 TABLE = "fwd_dataplane"  # `fwd` alone is a keyword of nft
-ESP_MAP, ESP_IN_UDP_MAP = "esp", "esp_in_udp"
+ESP_MAP, ESP_IN_UDP_MAP = "decided_esp", "decided_esp_in_udp"  # `esp` alone is a keyword of nft
 
 #: Where the two addresses stand in the IP header, and how long each is (RFC 791, RFC 8200).
 _ADDRESSES = {nft.NFPROTO_IPV4: (12, 4), nft.NFPROTO_IPV6: (8, 16)}
 
 #: To be raised whenever tables that another version of fwd left behind must not be taken over.
-_LAYOUT = 1
+_LAYOUT = 2
 
 _HOOKS = {"input": 1, "forward": 2, "output": 3}  # NF_INET_* (linux/netfilter.h)
 _MANGLE = -150  # NF_IP_PRI_MANGLE (linux/netfilter_ipv4.h): before anybody's filter rules

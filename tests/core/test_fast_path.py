@@ -1,9 +1,13 @@
 """The decisions that the kernel repeats: which they are, that no count is lost, and what a successor finds."""
 
+import struct
+from contextlib import contextmanager
+
 import pytest
 
 from fwd.core.constants import CLEAR_SLICE, ELEMENT_IDLE_S, ELEMENTS_PER_SESSION
 from fwd.core.fast_path import Outcome
+from fwd.core.firewall import Hook
 from fwd.core.interfaces import LinkPresent
 from fwd.core.policy import Action, Rule
 from fwd.core.sa import SaDeleted, SaEstablished, SaRekeyed, SaSnapshot
@@ -18,6 +22,7 @@ from tests.builders import (
     PEER,
     PEER6,
     RIGHT,
+    TO_LEFT,
     TO_RIGHT,
     Bench,
     child_sa,
@@ -25,6 +30,7 @@ from tests.builders import (
     esp_in_udp,
     ike,
     ipv4,
+    ipv6,
     packed,
     settings,
     udp,
@@ -104,6 +110,43 @@ def test_what_is_no_plain_esp_stays_with_the_daemon(bench):
     bench.receive(esp(PEER, HERE, 5))  # an SPI that nobody knows yet
     bench.receive(esp(PEER, HERE, 5))
     assert handled(bench) == bench.offered == 14
+
+
+def _unlike_plain_ones():
+    """Packets of one SPI each that take the long way through the daemon each time, whatever was decided."""
+    body = struct.pack("!II", 7, 1) + bytes(40)
+    left, right = "2001:db8::1", "2001:db8::2"
+    return {
+        "IPv4 options": ipv4(LEFT, RIGHT, 50, body, options=bytes([1] * 4)),
+        "IPv4 first fragment": ipv4(LEFT, RIGHT, 50, body, fragment=0x2000),
+        "IPv6 destination options": ipv6(left, right, 60, bytes([50, 0, 1, 4, 0, 0, 0, 0]) + body),
+        "IPv6 first fragment": ipv6(left, right, 44, bytes([50, 0, 0, 1, 0, 0, 0, 9]) + body),
+    }
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+@pytest.mark.parametrize("kind", _unlike_plain_ones())
+def test_what_the_daemon_looks_at_in_full_has_one_element_like_any_other(kind, is_on):
+    bench = Bench(fast_path=is_on)
+    packet = _unlike_plain_ones()[kind]
+    for _ in range(3):
+        for _ in range(4):  # in one turn
+            bench.offered += 1
+            bench.firewall.receive_packet(packet, Hook.FORWARD, TO_LEFT, TO_RIGHT, bench.now)
+        bench.serve_kernel()
+        bench.forward(esp(LEFT, RIGHT, 7) if packet[0] >> 4 == 4 else esp("2001:db8::1", "2001:db8::2", 7))
+    bench.wait(3)
+    assert bench.session.packet_count == 15 == bench.count("pkt_recv")
+    (element,) = bench.firewall.fast_path
+    assert bench.session.elements == (element,) and (bench.count("pkt_fast_path") == 3) == is_on
+
+
+def test_a_key_that_is_known_is_not_learnt_twice(bench):
+    bench.forward(esp(LEFT, RIGHT, 7))
+    (element,) = bench.firewall.fast_path
+    assert bench.firewall.fast_path.learn(element.key, element.use, element.verdict, (1, 68), bench.now)
+    assert bench.session.elements == (element,) and len(bench.firewall.fast_path) == 1
+    bench.check()
 
 
 def test_another_interface_is_another_decision(bench):
@@ -207,9 +250,8 @@ def test_an_interface_that_changes_its_zone_is_decided_anew(bench):
 
 
 def test_what_the_kernel_refuses_stays_with_the_daemon(bench, monkeypatch):
-    refused = Outcome({}, {}, installed=False)
     with monkeypatch.context() as patch:
-        patch.setattr(bench.kernel, "carry_out", lambda work: refused)
+        patch.setattr(bench.kernel, "carry_out", lambda work: Outcome(refused={e.key for e in work.installs}))
         bench.forward(esp(LEFT, RIGHT, 7))
     assert bench.forward(esp(LEFT, RIGHT, 7))
     assert handled(bench) == 2 and bench.count("fast_path_refused") == 1
@@ -358,3 +400,103 @@ def test_an_spi_that_is_just_looked_at_does_not_make_a_hand_over_count_twice():
     total = bench.session.packet_count
     bench.restart()
     assert bench.session.packet_count == total
+
+
+# --- the kernel does not answer --------------------------------------------------------------------------------------
+
+
+def silent(bench, *, does_it):
+    """A kernel that gives no answer, whether or not it did what it was told."""
+
+    def carry_out(work):
+        if does_it:
+            type(bench.kernel).carry_out(bench.kernel, work)
+        return Outcome(unknown={e.key for elements in (work.removals, work.installs, work.reads) for e in elements})
+
+    return carry_out
+
+
+@contextmanager
+def without_answers(bench, *, does_it=False):
+    answering, bench.kernel.carry_out = bench.kernel.carry_out, silent(bench, does_it=does_it)
+    yield
+    bench.kernel.carry_out = answering
+
+
+def test_counts_that_are_not_read_are_read_later():
+    bench = Bench(fast_path=True)
+    for seq in range(1, 51):
+        bench.forward(esp(LEFT, RIGHT, 7, seq))
+    with without_answers(bench):
+        bench.wait(5)
+    assert bench.kernel.elements and bench.session.packet_count == 50 and not bench.count("fast_path_lost")
+
+
+def test_what_could_not_be_removed_is_removed_later_with_its_last_counts():
+    bench = Bench(fast_path=True)
+    for seq in range(1, 51):
+        bench.forward(esp(LEFT, RIGHT, 7, seq))
+    session = bench.session
+    with without_answers(bench):
+        bench.firewall.clear([session], bench.now)
+        bench.serve_kernel()
+    assert bench.kernel.elements
+    bench.wait(1)
+    assert not bench.kernel.elements and session.packet_count == 50
+    assert bench.forward(esp(LEFT, RIGHT, 7, 51)) and bench.session is not session
+    bench.check()
+
+
+@pytest.mark.parametrize("does_it", [True, False])
+def test_an_element_of_which_nobody_knows_whether_it_is_there_is_found_out(does_it):
+    bench = Bench(fast_path=True)
+    with without_answers(bench, does_it=does_it):
+        bench.firewall.receive_packet(esp(LEFT, RIGHT, 7), Hook.FORWARD, TO_LEFT, TO_RIGHT, bench.now)
+        bench.serve_kernel()
+    bench.offered += 1
+    bench.wait(2)
+    for seq in range(2, 52):
+        assert bench.forward(esp(LEFT, RIGHT, 7, seq))
+    assert bench.session.packet_count == 51 and len(bench.kernel.elements) == 1
+
+
+def test_a_session_does_not_end_while_nobody_knows_whether_packets_came():
+    bench = Bench(fast_path=True, timeouts_s=dict.fromkeys(Application, 20))
+    bench.forward(esp(LEFT, RIGHT, 7))
+    bench.wait(15)
+    with without_answers(bench):
+        assert bench.forward(esp(LEFT, RIGHT, 7, 2))  # by the kernel
+        bench.wait(10)
+    bench.wait(2)
+    assert bench.session.packet_count == 2
+    bench.wait(30)
+    assert not bench.sessions
+
+
+def test_a_kernel_that_never_answers_again_holds_up_no_events_for_ever():
+    bench = Bench(fast_path=True)
+    bench.forward(esp(LEFT, RIGHT, 7))
+    with without_answers(bench):
+        bench.firewall.clear([bench.firewall.table.live(1)], bench.now)
+        bench.serve_kernel()
+        while bench.firewall.next_event():
+            pass
+        assert bench.firewall.fast_path.is_owed_counts
+        for _ in range(100):
+            bench.now += 1
+            bench.firewall.handle_timer(bench.now)
+            bench.serve_kernel()
+        assert not bench.firewall.fast_path.is_owed_counts and bench.count("fast_path_lost") == 1
+
+
+def test_very_many_elements_of_few_sessions_are_cleared_in_slices():
+    bench = Bench(fast_path=True)
+    for number in range(4):
+        for spi in range(1, 601):
+            bench.forward(esp(f"10.0.0.{number + 1}", RIGHT, spi))
+    bench.firewall.clear(bench.sessions, bench.now)
+    work = bench.firewall.take_work()
+    assert len(work.removals) == 1200
+    bench.firewall.apply_outcome(work, bench.kernel.carry_out(work), bench.now)
+    bench.wait(1)
+    assert not bench.sessions and not bench.kernel.elements

@@ -40,8 +40,8 @@ def run(script):
 
 
 def test_what_is_written_is_what_nft_lists():
-    installed, listing, found, times = run(
-        "print(json.dumps(path.carry_out(Work(installs=elements)).installed))\n"
+    refused, listing, found, times = run(
+        "print(json.dumps(len(path.carry_out(Work(installs=elements)).refused)))\n"
         "print(json.dumps(listed('nft list table ip fwd_dataplane; nft list table ip6 fwd_dataplane')))\n"
         "found = [(f.session_id, f.verdict.value, f.reading, f.is_c2s, f.key[:2]) for f in path.find_all()]\n"
         "print(json.dumps(found))\n"
@@ -49,7 +49,7 @@ def test_what_is_written_is_what_nft_lists():
         "times = [(now - f.started_at, f.gated_until and f.gated_until - now) for f in path.find_all()]\n"
         "print(json.dumps([len(times), *set((round(a, -1), b and round(b, -1)) for a, b in times)]))\n"
     )
-    assert installed
+    assert not refused
     assert '"lo" . "lo" . 1.1.1.1 . 1.1.1.1 . 0.0.16.0 counter packets 5 bytes 500' in listing
     assert '"lo" . 0 . 3.3.3.3 . 3.3.3.3 . 0.0.16.2 counter packets 7 bytes 502' in listing
     assert "303:303:303:303:303:303:303:303" in listing
@@ -83,11 +83,11 @@ def test_what_is_not_there_is_left_out_and_the_rest_done():
         "outcome = path.carry_out(work)\n"
         "print(json.dumps(show(outcome.removed)[:5]))\n"
         "print(json.dumps(show(outcome.read)[:6]))\n"
-        "print(json.dumps([outcome.installed, len(path.find_all())]))\n"
+        "print(json.dumps([len(outcome.refused), len(outcome.unknown), len(path.find_all())]))\n"
     )
     assert removed == [None, None, [7, 502], [5, 500], None]
     assert read == [None, None, None, None, [6, 501], [7, 502]]
-    assert installed == [True, 9]
+    assert installed == [0, 0, 9]
 
 
 def test_one_change_replaces_an_element():
@@ -113,10 +113,42 @@ def test_many_elements_take_several_messages():
 def test_full_maps_and_missing_tables_are_told():
     full, gone, removed = run(
         "many = [Element((1, 1, n.to_bytes(12)), elements[0].use, Verdict.ACCEPT, n, n) for n in range(1025)]\n"
-        "print(json.dumps(path.carry_out(Work(installs=many)).installed))\n"
+        "print(json.dumps(len(path.carry_out(Work(installs=many)).refused)))\n"
         "Ruleset.remove()\n"
-        "print(json.dumps(path.carry_out(Work(installs=many[:5])).installed))\n"
+        "print(json.dumps(len(path.carry_out(Work(installs=many[:5])).refused)))\n"
         "outcome = path.carry_out(Work(removals=many[:5], reads=many[5:10]))\n"
         "print(json.dumps([len(outcome.removed), len(outcome.read), path.find_all()]))\n"
     )
-    assert (full, gone, removed) == (False, False, [0, 0, []])
+    assert (full, gone, removed) == (1, 5, [0, 0, []])
+
+
+def test_however_many_there_are_they_fit_a_small_socket_buffer():
+    """The kernel's default limit, net.core.wmem_max, is 212,992 bytes: as many elements at once do not fit."""
+    (result,) = run(
+        "from fwd.edge import nftables\n"
+        "Ruleset(20, True, 32768).install()\n"
+        "nftables._SEND_BYTES = 106496\n"
+        "path = KernelPath(Backend.XT)\n"
+        "many = [Element((1, 1, n.to_bytes(12)), elements[0].use, Verdict.ACCEPT, n, n) for n in range(20000)]\n"
+        "installed = path.carry_out(Work(installs=many))\n"
+        "removed = path.carry_out(Work(removals=many))\n"
+        "counts = [len(installed.refused), len(installed.unknown), len(removed.removed), len(removed.unknown)]\n"
+        "print(json.dumps([*counts, len(path.find_all())]))\n"
+    )
+    assert result == [0, 0, 20000, 0, 0]
+
+
+def test_no_answer_is_told_from_nothing_there():
+    unknown, refused, reads = run(
+        "path.carry_out(Work(installs=elements[:6]))\n"
+        "def silence(*_): raise TimeoutError\n"
+        "transact, path._socket.transact = path._socket.transact, silence\n"
+        "outcome = path.carry_out(Work(removals=elements[:2], installs=elements[6:8], reads=elements[2:4]))\n"
+        "print(json.dumps([e.key in outcome.unknown for e in elements[:8]]))\n"
+        "print(json.dumps([len(outcome.refused), len(outcome.removed), len(outcome.read)]))\n"
+        "path._socket.ask = silence\n"
+        "outcome = path.carry_out(Work(reads=elements[:6]))\n"
+        "print(json.dumps([len(outcome.unknown), len(outcome.read)]))\n"
+    )
+    assert unknown == [True, True, False, False, False, False, True, True]
+    assert refused == [0, 0, 2] and reads == [6, 0]

@@ -36,8 +36,8 @@ def test_the_rules_read_as_they_were_meant():
         "Ruleset(20, False, 1024, Backend.XT).install()\nprint(listed('nft list table ip fwd_dataplane'))\n"
     )
     lines = [line.strip() for line in text.splitlines()]
-    decided = "esp sequence != 0 iif . oif . ip saddr . ip daddr . esp spi vmap @esp"
-    in_udp = "@th,96,32 != 0x0 iif . oif . ip saddr . ip daddr . @th,0,32 . @th,64,32 vmap @esp_in_udp"
+    decided = "esp sequence != 0 iif . oif . ip saddr . ip daddr . esp spi vmap @decided_esp"
+    in_udp = "@th,96,32 != 0x0 iif . oif . ip saddr . ip daddr . @th,0,32 . @th,64,32 vmap @decided_esp_in_udp"
     undecided = ["meta l4proto esp goto undecided", "meta l4proto udp goto udp"]
     for hook, loopback in (("input", ['iif "lo" accept']), ("forward", []), ("output", ['oif "lo" accept'])):
         start = lines.index(f"chain {hook} {{")
@@ -49,7 +49,7 @@ def test_the_rules_read_as_they_were_meant():
     assert lines[start + 1].startswith("counter packets 0 bytes 0") and "num 20" in lines[start + 1]
     assert "bypass" not in lines[start + 1]
     assert lines.count("size 1024") == 2
-    assert 'comment "fwd: layout 1, nft-xt, 1024 elements"' in lines
+    assert 'comment "fwd: layout 2, nft-xt, 1024 elements"' in lines
 
 
 def test_open_and_closed():

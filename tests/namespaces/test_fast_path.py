@@ -2,9 +2,11 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 
 import pytest
 
@@ -91,31 +93,85 @@ def test_esp_in_udp_takes_the_fast_path_and_ike_beside_it_does_not(transit):
     assert counters["pkt_recv"] == 60 == witnessed(transit)
 
 
-@pytest.mark.timeout(200)
+def has_handled(fwd, packets):
+    return accounted(fwd) >= packets
+
+
+ROUNDS = int(os.environ.get("FWD_EXACT_ROUNDS", "20"))
+
+
+@pytest.mark.timeout(300)
 def test_packets_delivered_are_packets_counted_while_elements_come_and_go(transit):
-    """Both ways at once over many SPIs; all the while sessions are cleared, reloads go on, the table is full."""
+    """Round after round both ways over many SPIs; all the while sessions are cleared, reloads go on, the table is full.
+
+    In every other round each SPI has a session of its own, of which half find no place in the table.
+    """
     watch_arrivals(transit)
-    small = "[dataplane]\nmax-sessions = 200\nqueue-length = 65536\nkeep-ended = 1000000\n"
+    small = "[dataplane]\nmax-sessions = 100\nqueue-length = 65536\nkeep-ended = 1000000\n"
+    modes = (
+        small,
+        small + 'transit-ports = "spi"\n',
+        small + 'fast-path = "off"\n',
+        small + 'transit-ports = "spi"\n',
+    )
     fwd = transit.start_fwd(default_config() + small)
-    count = int(os.environ.get("FWD_EXACT_PACKETS", "60000"))
-    sources = start_sources(transit, count=count, spis=300, rate=20000)
     client = Client(str(transit.hosts["fwd"].path("/run/fwd/control.sock")))
-    clears = 0
-    while any(source.popen.poll() is None for source in sources):
-        client.call("session.clear", filter={})
-        clears += 1
-        time.sleep(0.02)
-        if clears % 20 == 0:
-            mode = ("off", "auto")[clears // 20 % 2]
-            fwd.reload(default_config() + small + f'fast-path = "{mode}"\n')
+    count, sent, churn = 2500, 0, 0
+    for number in range(ROUNDS):
+        sources = start_sources(transit, count=count, spis=100, rate=12000, first_spi=4096 + 1000 * number)
+        while any(source.popen.poll() is None for source in sources):
+            client.call("session.clear", filter={})
+            churn += 1
+            if churn % 8 == 0:
+                fwd.reload(default_config() + modes[churn // 8 % len(modes)])
+        assert [source.wait(10) for source in sources] == [0, 0]
+        sent += 2 * count
+        wait_for(partial(has_handled, fwd, sent), f"all is handled that was sent by round {number}", 10)
+        counters = fwd.counters()
+        delivered = arrived(transit, "site-a") + arrived(transit, "site-b")
+        assert counters["pkt_session"] == delivered, f"round {number}"
+        assert accounted(fwd) == witnessed(transit) == sent, f"round {number}"
+        assert delivered == sent - counters["flow_table_full"]
     client.close()
-    assert [source.wait(10) for source in sources] == [0, 0]
-    assert clears > 20
-    counters = fwd.counters()
     print({name: value for name, value in counters.items() if value})
     assert totals(transit) == {A: arrived(transit, "site-b"), B: arrived(transit, "site-a")}
-    assert accounted(fwd) == witnessed(transit) == 2 * count
+    assert churn > 5 * ROUNDS and counters["flow_table_full"] > 0
     assert counters["pkt_fast_path"] > 0 and counters["fast_path_lost"] == counters["fast_path_refused"] == 0
+
+
+#: Sends each SPI's second packet only when its first has arrived: `python - SOURCE DESTINATION SPIS`.
+STEP_BY_STEP = """
+import select, socket, struct, sys
+source, destination, spis = sys.argv[1], sys.argv[2], int(sys.argv[3])
+raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, 50)
+raw.bind((source, 0)); raw.connect((destination, 0)); raw.settimeout(5)
+for spi in range(5000, 5000 + spis):
+    for seq in (1, 2):
+        raw.send(struct.pack("!II", spi, seq) + bytes(40))
+        while struct.unpack("!II", raw.recv(200)[20:28]) != (spi, seq): pass
+"""
+
+#: Sends whatever comes straight back.
+ECHO = """
+import socket, sys
+raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, 50)
+raw.bind((sys.argv[1], 0)); raw.connect((sys.argv[2], 0))
+print("ready", flush=True)
+while True: raw.send(raw.recv(200)[20:])
+"""
+
+
+def test_an_element_is_in_place_before_the_packet_that_led_to_it_goes_on(transit):
+    """Each SPI comes to the daemon once in each direction, however soon its second packet follows the first."""
+    fwd = transit.start_fwd()
+    echo = transit.hosts["site-b"].start([sys.executable, "-c", ECHO, B, A], stdout=subprocess.PIPE)
+    assert echo.popen.stdout.readline()
+    spis = 500  # both ways they are a session's elements, of which there are not many more
+    before = fwd.counters()
+    transit.hosts["site-a"].run([sys.executable, "-c", STEP_BY_STEP, A, B, f"{spis}"], timeout=50)
+    after = fwd.counters()
+    assert after["pkt_recv"] - before["pkt_recv"] == 4 * spis
+    assert after["pkt_fast_path"] - before["pkt_fast_path"] == 2 * spis
 
 
 @pytest.mark.parametrize("fail", ["open", "closed"])
