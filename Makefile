@@ -1,6 +1,6 @@
 # make demo    the main job on real ESP, in a lab of network namespaces
 # make test    lint and all tests
-# make bench   what it costs, beside plain forwarding, C and Suricata (10 minutes)
+# make bench   what it costs, beside plain forwarding, C and Suricata (some minutes)
 # make install the daemon, the client, the unit, under /usr/local
 #
 # What is missing on this machine (Debian packages, a virtual environment) is installed first.

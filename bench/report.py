@@ -44,6 +44,22 @@ def _tables(everything: Mapping[str, Any]) -> Iterator[str]:
     for result in everything["results"]:
         numbers = [result["median"], min(result["values"]), max(result["values"])]
         yield f"| {result['name']} | {' | '.join(map(_number, numbers))} | {result['unit']} |"
+    yield from _profiles(everything["profiles"])
+    yield ""
+    yield "| a session with one SPI in fwd's memory | bytes |"
+    yield "| --- | --- |"
+    for part, octets in everything["weights"].items():
+        yield f"| {part} | {octets} |"
+
+
+def _profiles(profiles: Mapping[str, Sequence[tuple[str, float]]]) -> Iterator[str]:
+    """Where the time goes, by py-spy: own time of the ten largest functions."""
+    for name, functions in profiles.items():
+        yield ""
+        yield f"| {name} | own time |"
+        yield "| --- | --- |"
+        for function, share in functions:
+            yield f"| `{function}` | {share:.0%} |"
 
 
 def _draw(results: Sequence[Mapping[str, Any]]) -> None:
