@@ -35,6 +35,9 @@ PAIRS_PER_PAGE = 128
 #: Sessions that one page looks at, at most: some 5 ms with a filter, in which packets wait.
 LOOKED_AT_ONCE = 4096
 
+#: Sessions of this host without a tunnel in an answer of `tunnel.detail`.
+STRANGERS_SHOWN = 32
+
 SessionId = Annotated[int, Field(ge=1)]
 
 
@@ -297,9 +300,13 @@ class Api:
         if params.name is not None and not params.after and not page:
             raise RpcError(NO_SUCH_SESSION, f"no tunnel '{params.name}': 'show tunnel detail' lists those there are")
         self._refresh(page)
+        strangers = islice(
+            self._firewall.strangers if params.name is None and following is None else (), STRANGERS_SHOWN
+        )
         return {
             "source": self._source(),
             "tunnels": [self._views.tunnel(session) for session in page],
+            "strangers": [self._views.stranger(session) for session in strangers],
             "next": following,
         }
 

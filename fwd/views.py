@@ -177,6 +177,17 @@ class Views:
             "fwd_more_out": seen.drift[1],
         }
 
+    def stranger(self, session: Session) -> JSON:
+        """A session of this host that is no tunnel's."""
+        return {
+            "session": session.id,
+            "source": str(ip_address(session.client.address)),
+            "destination": str(ip_address(session.server.address)),
+            "state": session.state,
+            "packets": session.packet_count,
+            "findings": self.findings(session),
+        }
+
     def findings(self, session: Session) -> list[JSON]:
         """What is wrong with a tunnel."""
         found = self._firewall.findings(session, self._now())

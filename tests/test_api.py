@@ -3,6 +3,7 @@ import pytest
 from fwd import api as api_module
 from fwd import rpc
 from fwd.api import EVENTS_KEPT, PAIRS_PER_PAGE, Api
+from fwd.cli import render
 from fwd.core import session_filter
 from fwd.core.events import SessionCreated
 from fwd.core.sa import SaDeleted, SaEstablished, SaRekeyed, SaSnapshot, SaSourceAlive, SaSourceLost
@@ -361,3 +362,16 @@ def test_a_session_that_turns_into_its_tunnel_goes_on_under_its_id(api, bench):
     events = api.dispatch("event.list", {"after": 0})["events"]
     assert "absorbed" not in [event["event"] for event in events if event.get("id") in (first, second)]
     assert bench.firewall.table.find(second).application == "ipsec-udp"
+
+
+def test_what_is_no_tunnels_follows_the_tunnels(api, bench):
+    bench.firewall.reconfigure(settings())
+    for seq in range(1, 4):
+        bench.receive(esp(PEER, HERE, 0x7777, seq))
+        bench.wait(10)
+    answer = api.dispatch("tunnel.detail", {})
+    (stranger,) = answer["strangers"]
+    assert (stranger["packets"], stranger["findings"][0]["trouble"]) == (3, "unknown-spi")
+    text = render.tunnel_detail(answer)
+    assert f"No tunnel's: session {stranger['session']}" in text and "0x00007777" in text
+    assert api.dispatch("tunnel.detail", {"name": "net"})["strangers"] == []

@@ -82,6 +82,7 @@ class Client:
         while after is not None:
             page = self.call("tunnel.detail", name=name, after=after)
             answer["tunnels"] += page["tunnels"]
+            answer["strangers"] += page["strangers"]
             after = page["next"]
         return answer
 

@@ -222,7 +222,7 @@ def show_tunnel_detail(asked: _Asked, name: str | None) -> None:
     For each: its SPI generations with what each carried and how healthy it looks, strongSwan's own packet counts
     beside fwd's, and what is wrong: no packets, one way only, lost or late ones, packets on a deleted SA, counts
     that differ, fragments. NAME is that of a CHILD_SA or of its IKE_SA. A tunnel that ended is shown for as long
-    as its session can be read.
+    as its session can be read. Without NAME, what comes to this host under SPIs that strongSwan does not own follows.
     """
     asked.show(asked.client.tunnels(name), lambda answer: render.tunnel_detail(answer, _width()))
 

@@ -448,6 +448,12 @@ def tunnel_detail(answer: Mapping[str, Any], width: int = _PAGE) -> str:
         for label, value in _tunnel_values(tunnel):
             lines += _wrapped(f"  {label:<9}{value}", width, 11)
         lines += generation_table(tunnel["generations"], width)
+    for stranger in answer["strangers"]:
+        ends = f"{stranger['source']} to {stranger['destination']}"
+        lines += ["", f"No tunnel's: session {stranger['session']} ({stranger['state']}), {ends}"]
+        lines.append(f"  {'packets':<9}{stranger['packets']}")
+        for finding in stranger["findings"]:
+            lines += _wrapped(f"  {'trouble':<9}{finding['text']}", width, 11)
     return "\n".join(lines)
 
 

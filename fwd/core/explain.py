@@ -29,6 +29,7 @@ from .session import (
     SpiUse,
     flow_key,
     spi_flow_key,
+    spi_text,
 )
 from .settings import PassThrough, TransitPorts, UnknownSpi
 from .state import EndReason, State
@@ -49,11 +50,6 @@ class Group:
 
     heading: str
     sentences: list[str]
-
-
-def spi_text(spi: int) -> str:
-    """An SPI in decimal, as sessions show it, and in hex, as charon and tcpdump do."""
-    return f"{spi} (0x{spi:08x})"
 
 
 def removal(directory: SaDirectory, generation: Generation) -> FormerSa | None:

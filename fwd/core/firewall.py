@@ -477,6 +477,8 @@ class Firewall:
 
     def findings(self, session: Session, now: float) -> list[Finding]:
         """What is wrong with a session of this host, or of the strangers between the same addresses, now."""
+        if not session.is_terminated or self.table.live(session.id) is not session:
+            return []  # nobody tells what it should be, or it is over
         sessions = [session]
         if session.generations:
             ends = {session.client.address, session.server.address}
@@ -484,6 +486,11 @@ class Firewall:
         for watched in sessions:
             self._look_at(watched, now)
         return [finding for watched in sessions for finding in self._health.found(watched)]
+
+    @property
+    def strangers(self) -> Iterable[Session]:
+        """Sessions of this host that no tunnel claimed: its IKE daemon owns none of their SPIs, or does no more."""
+        return self._unclaimed.keys()
 
     def tunnel_of(self, sa: ChildSa) -> Session | None:
         """The live session of the tunnel that this SA belongs to."""

@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from .constants import ONE_WAY_S, RECENT_S
 from .sa import SaDirectory
-from .session import Application, Comparison, Generation, Session, SpiUse
+from .session import Application, Comparison, Generation, Session, SpiUse, spi_text
 from .state import State
 
 
@@ -150,7 +150,8 @@ class Watch:
         if _grows(record, f"after {sa.spi_in}", generation.after_end_count, now):
             yield Finding(
                 Trouble.AFTER_DELETE,
-                f"{generation.after_end_count} packets after strongSwan deleted SPIs {sa.spi_in} and {sa.spi_out}:"
+                f"{generation.after_end_count} packets after strongSwan deleted SPIs {spi_text(sa.spi_in)} and"
+                f" {spi_text(sa.spi_out)}:"
                 " the peer still uses them",
             )
         if generation.removed_at is not None:
@@ -178,13 +179,14 @@ class Watch:
                 if former := self._directory.former((to.address, is_in_udp, use.spi)):
                     yield Finding(
                         Trouble.AFTER_DELETE,
-                        f"{use.packet_count} packets on SPI {use.spi} of {former.sa.ike_name}/{former.sa.child_name},"
-                        f" which strongSwan {former.end} {now - former.removed_at:.0f} s ago: the peer still uses it",
+                        f"{use.packet_count} packets on SPI {spi_text(use.spi)} of"
+                        f" {former.sa.ike_name}/{former.sa.child_name}, which strongSwan {former.end}"
+                        f" {now - former.removed_at:.0f} s ago: the peer still uses it",
                     )
                 else:
                     yield Finding(
                         Trouble.UNKNOWN_SPI,
-                        f"{use.packet_count} packets on SPI {use.spi}, which strongSwan does not own:"
+                        f"{use.packet_count} packets on SPI {spi_text(use.spi)}, which strongSwan does not own:"
                         " a peer that kept its SA when this host lost it, or a forger",
                     )
 
@@ -205,7 +207,7 @@ def _of_numbers(use: SpiUse, way: str, is_esn: bool, record: _Record, now: float
         ),
     ):
         if _grows(record, f"{trouble} {use.spi}", value, now):
-            yield Finding(trouble, f"SPI {use.spi} ({way}): {value} {text}")
+            yield Finding(trouble, f"SPI {spi_text(use.spi)} {way}: {value} {text}")
 
 
 def _grows(record: _Record, name: str, value: int, now: float) -> bool:

@@ -52,6 +52,11 @@ GENERIC_APPLICATION = {
 }
 
 
+def spi_text(spi: int) -> str:
+    """An SPI in decimal, as sessions show it, and in hex, as charon and tcpdump do."""
+    return f"{spi} (0x{spi:08x})"
+
+
 class SessionType(StrEnum):
     """FLOW: packets were seen. PRED: announced by the IKE daemon, no packet yet."""
 

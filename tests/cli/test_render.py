@@ -374,14 +374,14 @@ def test_a_tunnel_in_detail_at_eighty_columns():
     compared = {"packets_in": 26, "packets_out": 27, "fwd_more_in": 0, "fwd_more_out": -1, "age_s": 12.3}
     pairs = [PAIRS[0], {**PAIRS[1], "strongswan": compared}]
     tunnel = tunnel_of(generations=pairs, findings=[{"trouble": "one-way", "text": "word " * 40}])
-    lines = render.tunnel_detail({"source": SOURCE, "tunnels": [tunnel]}, 80).splitlines()
+    lines = render.tunnel_detail({"source": SOURCE, "tunnels": [tunnel], "strangers": []}, 80).splitlines()
     assert all(len(line) <= 80 for line in lines)
     assert "  packets  SPI 0x72da46c8, 12 s ago: strongSwan 26 in, 27 out; fwd +0 in, -1 out" in lines
 
 
 def test_a_tunnel_that_ended_is_marked_as_such():
     ended = tunnel_of(ended=today(14, 20, 0), end_reason="tunnel-down", state="INIT")
-    text = render.tunnel_detail({"source": SOURCE, "tunnels": [ended]})
+    text = render.tunnel_detail({"source": SOURCE, "tunnels": [ended], "strangers": []})
     assert "  session  2 (ended at 14:20:00: tunnel-down), 1 rekey" in text and "trouble" not in text
 
 

@@ -275,3 +275,18 @@ def test_troubles_end_with_their_tunnel(bench):
     bench.sas(SaEstablished(SA))
     bench.wait(2)
     assert not troubles(bench)
+
+
+def test_a_session_in_transit_has_no_trouble_of_this_host():
+    bench = Bench()
+    bench.forward(ipv4(LEFT, RIGHT, 50, esp(LEFT, RIGHT, 7)[20:], options=bytes(4)))
+    assert not bench.firewall.findings(bench.session, bench.now) and bench.count("tunnel_unknown_spi") == 0
+
+
+def test_what_ended_is_watched_no_more(bench):
+    both_ways(bench, 1)
+    session = bench.session
+    bench.wait(2)
+    bench.sas(SaDeleted(SA))
+    bench.wait(20)
+    assert not bench.firewall.findings(session, bench.now) and not len(bench.firewall._health)
