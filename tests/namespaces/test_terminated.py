@@ -154,3 +154,41 @@ def test_it_works_without_strongswan_and_says_so(transit):
     assert not answer["source"]["connected"] and "no such socket" in answer["source"]["reason"]
     transit.initiate("sites-v4")
     assert transit.ping("sites-v4") == 3
+
+
+OURS_ONLY = """
+[zones]
+untrust = ["to-peer"]
+
+[vici]
+socket = "/run/hosts/fwd/charon.vici"
+
+[[rules]]
+name = "our-tunnels"
+application = ["ipsec-udp", "ike"]
+action = "allow"
+"""
+
+
+@pytest.mark.parametrize(
+    ("tunnel", "ends"),
+    [("peer-v4", ("192.0.2.2", "192.0.2.1")), ("peer-v6", ("2001:db8:c::1", "2001:db8:c::2"))],
+)
+def test_packets_in_fragments_are_the_tunnels_and_counted_as_they_came(terminated, tunnel, ends):
+    """IPv4 is put together before fwd's rules, IPv6 after: where it is not, its later fragments name no SPI."""
+    for host, interface in (("fwd", "to-peer"), ("peer", "wan")):
+        terminated.hosts[host].run(["ip", "link", "set", interface, "mtu", "1280"])
+    fwd = terminated.start_fwd(OURS_ONLY)
+    terminated.initiate(tunnel)
+    announced(fwd, ends[0])
+    assert terminated.ping(tunnel, count=40, size=1300) == 40
+    (session,) = (s for s in fwd.sessions() if s["application"] != "ike")
+    assert (session["application"], session["rule"], session["state"]) == ("ipsec-udp", "our-tunnels", "ACTIVE")
+    assert accounted(fwd) == witnessed(terminated) or tunnel == "peer-v4"  # the witness sees IPv4 in fragments
+    wait_for(
+        lambda: (
+            "fragments"
+            in [f["trouble"] for t in fwd.json("show", "tunnel", "detail")["tunnels"] for f in t["findings"]]
+        ),
+        "the MTU is found too small",
+    )

@@ -66,6 +66,17 @@ def test_each_generation_carries_what_tcpdump_saw_of_its_spis(terminated):
     for old, new in pairwise(generations):
         assert old["installed"] < new["installed"] and old["in"]["first_seen"] < new["in"]["first_seen"]
         assert old["removed"] > new["installed"]  # make before break
+    for way, source in (("in", PEER), ("out", HERE)):
+        times = {}  # of each SPI on the wire: first and last
+        for packet in capture.packets:
+            if packet.source == source:
+                spi = int.from_bytes(packet.octets[20:24])
+                times[spi] = (times.get(spi, (packet.at,))[0], packet.at)
+        for old, new in pairwise(generations):
+            overlap = times[old[way]["spi"]][1] - times[new[way]["spi"]][0]
+            assert abs(new["overlap_s"][way] - max(0, overlap)) < 0.3
+            assert abs(new[way]["first_seen"] - times[new[way]["spi"]][0]) < 0.1
+            assert abs(old[way]["last_seen"] - times[old[way]["spi"]][1]) < 0.3
     assert tunnel(fwd)["session"] == session_id and tunnel(fwd)["rekeys"] == 2
     text = fwd.fwctl("show", "session", "id", str(session_id)).stdout
     assert all(f"{sa.spi_in} (0x{sa.spi_in:08x})" in text for sa in pairs) and "rekeyed" in text
