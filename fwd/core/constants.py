@@ -75,6 +75,9 @@ PAIR_INTERVAL_S: Final = 0.25
 #: SPIs side by side in one direction among which a pair is looked for; among more all are ambiguous.
 PAIR_LINES: Final = 8
 
+#: SAs of one tunnel that came up within so long of each other come from both sides rekeying at once.
+COLLISION_S: Final = 1.0
+
 #: SPIs that are remembered after their SA is gone, to tell packets that still use them from those of strangers.
 FORMER_SPIS_KEPT: Final = 4096
 

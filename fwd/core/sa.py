@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, TypeAlias
 
-from .constants import FORMER_SPIS_KEPT
+from .constants import COLLISION_S, FORMER_SPIS_KEPT
 
 #: (destination address in network order, ESP in UDP?, SPI): RFC 4301 section 4.1 identifies an inbound SA so.
 SpiKey: TypeAlias = tuple[bytes, bool, int]
@@ -263,12 +263,15 @@ class SaDirectory:
                 changes += self._update(moved, sa, now)
             else:
                 changes += self._assign(sa, now)
-        successors = {sa.tunnel: sa for sa in there.values()}
+        newest = {
+            known.sa.tunnel: known for known in sorted(self._known.values(), key=lambda known: known.installed_at)
+        }
         for known in gone.values():
-            successor = successors.get(known.sa.tunnel)
-            if successor is not None and not known.is_rekeyed:  # by a rekey of which no event told
+            successor = newest[known.sa.tunnel]
+            # By a rekey of which no event told; two that came up at once are a collision, and one of them had to go.
+            if successor.installed_at > known.installed_at + COLLISION_S and not known.is_rekeyed:
                 known.is_rekeyed = True
-                changes.append(SaReplaced(known.sa, successor))
+                changes.append(SaReplaced(known.sa, successor.sa))
             changes += self._remove(known, SaEnd.VANISHED, now)
         return changes
 

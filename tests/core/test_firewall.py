@@ -323,6 +323,25 @@ class TestRekey:
         assert bench.session is session and session.packet_count == 2 and session.client.address == client
         assert len(session.generations) == 1 and not session.generations[0].moves
 
+    def test_of_two_that_came_up_at_once_the_one_that_goes_was_not_rekeyed(self, bench):
+        bench.sas(SaSnapshot((SA,)))
+        bench.wait(10)
+        other = child_sa(0x1003, 0x2003)
+        bench.sas(SaRekeyed(SA, NEXT_SA))
+        bench.sas(SaEstablished(other))
+        bench.wait(6)
+        bench.sas(SaSnapshot((NEXT_SA,)))
+        assert [g.end for g in bench.session.generations] == [SaEnd.REKEYED, None, SaEnd.VANISHED]
+        assert bench.session.rekeys == 1
+
+    def test_a_rekey_that_no_event_told_of_shows_when_the_old_sa_has_gone(self, bench):
+        bench.sas(SaSnapshot((SA,)))
+        bench.wait(10)
+        bench.sas(SaSnapshot((SA, NEXT_SA)))
+        bench.wait(10)
+        bench.sas(SaSnapshot((NEXT_SA,)))
+        assert [g.end for g in bench.session.generations] == [SaEnd.REKEYED, None] and bench.session.rekeys == 1
+
     def test_news_that_come_twice_or_late_change_nothing(self, bench):
         bench.sas(SaSnapshot((SA, NEXT_SA)))
         bench.sas(SaEstablished(SA))
