@@ -263,7 +263,7 @@ def profiles() -> dict[str, list[tuple[str, float]]]:
 def _profile(rig: Rig, fwd: Fwd, command: Sequence[str]) -> list[tuple[str, float]]:
     flood = rig.source.start(command, stdout=subprocess.DEVNULL)
     samples = rig.middle.path("/run/profile.txt")
-    spy = [str(Path(sys.executable).parent / "py-spy"), "record", "--format", "raw", "--duration", "4", "--native"]
+    spy = [str(Path(sys.executable).parent / "py-spy"), "record", "--format", "raw", "--duration", "4", "--gil"]
     subprocess.run(
         [*spy, "--output", str(samples), "--pid", str(fwd.process.pid)], check=True, capture_output=True, timeout=60
     )

@@ -412,8 +412,9 @@ class Firewall:
             self._count(session.elements[-1], *found.reading)
             self.counters.add("pkt_fast_path", found.reading[0])
             is_otherwise = (found.verdict is Verdict.DROP) != (session.state is State.DISCARD)
-            if is_otherwise or (session.gate is not None and found.gated_until is None):
-                self.fast_path.withdraw(session.elements)  # today it is decided otherwise, or by a gate that it names
+            is_nameless = session.gate is not None and found.gated_until is None
+            if is_otherwise or is_nameless or session.rule.inspects_every_packet:
+                self.fast_path.withdraw(session.elements)  # today it is decided otherwise, by a gate, or one by one
         return refused
 
     def hand_over(self) -> list[Element]:

@@ -500,3 +500,14 @@ def test_very_many_elements_of_few_sessions_are_cleared_in_slices():
     bench.firewall.apply_outcome(work, bench.kernel.carry_out(work), bench.now)
     bench.wait(1)
     assert not bench.sessions and not bench.kernel.elements
+
+
+def test_a_successor_that_is_to_inspect_every_packet_does_so():
+    bench = Bench(fast_path=True)
+    for seq in range(1, 11):
+        bench.forward(esp(LEFT, RIGHT, 7, seq))
+    bench.restart(Rule("watched", Action.ALLOW, inspects_every_packet=True))
+    assert not bench.kernel.elements and bench.session.packet_count == 10
+    for seq in range(11, 21):
+        bench.forward(esp(LEFT, RIGHT, 7, seq))
+    assert not bench.kernel.elements and bench.session.packet_count == 20
