@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .config import explain
 from .core.counters import COUNTERS
-from .core.events import CounterRose, Event, TunnelsStale, frozen
+from .core.events import CounterRose, Event, Moment, TunnelsStale, as_it_was, moment_of
 from .core.explain import Group, explain_packet, explain_session
 from .core.firewall import Firewall
 from .core.session import Application, Session, SessionType
@@ -111,7 +111,7 @@ class Api:
         self._firewall = firewall
         self._now = now
         self._views = Views(firewall, now)
-        self._events: deque[tuple[float, Event]] = deque(maxlen=EVENTS_KEPT)
+        self._events: deque[tuple[float, Event, Moment | None]] = deque(maxlen=EVENTS_KEPT)
         self._event_count = 0
         self._vici_socket = vici_socket
         self._host = host
@@ -241,7 +241,7 @@ class Api:
 
     def note_event(self, event: Event) -> None:
         """Remember an event, as things are, for those who ask for it; of more than EVENTS_KEPT the oldest goes."""
-        self._events.append((self._now(), frozen(event)))
+        self._events.append((self._now(), event, moment_of(event)))
         self._event_count += 1
 
     def _event_list(self, params: _Events) -> JSON:
@@ -253,7 +253,8 @@ class Api:
         begin = max(params.after + 1, first)
         events = []
         number = params.after
-        for number, (at, event) in enumerate(islice(self._events, begin - first, None), begin):
+        for number, (at, happened, moment) in enumerate(islice(self._events, begin - first, None), begin):
+            event = as_it_was(happened, moment)
             about = event.session if not isinstance(event, TunnelsStale | CounterRose) else None
             if not params.filter or (about is not None and matches(about)):
                 events.append(self._views.event(number, at, event))

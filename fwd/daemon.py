@@ -390,9 +390,13 @@ def _duration(seconds: float) -> str:
     return f"{days} days, {hour}:{minute:02}:{second:02}"
 
 
+#: The one is logged where it comes from, the other is a number among many.
+_LOGGED_ELSEWHERE = (TunnelsStale, CounterRose)
+
+
 def _log_event(event: Event) -> None:
-    if isinstance(event, TunnelsStale | CounterRose):
-        return  # the one is logged where it comes from, the other is a number among many
+    if isinstance(event, _LOGGED_ELSEWHERE):
+        return
     if isinstance(event, TunnelTrouble):
         _log_trouble(event)
         return

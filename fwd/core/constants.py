@@ -121,7 +121,7 @@ REMOVAL_TRIES: Final = 50
 SWEEP_PAUSE_S: Final = 0.02
 
 #: Counts that the kernel is asked for while somebody waits for an answer; any others are up to a sweep old.
-READS_PER_REQUEST: Final = 1024
+READS_PER_REQUEST: Final = 512
 
 #: Sessions that an operator's `clear` ends in one go, and elements of them, so that packets do not wait for all.
 CLEAR_SLICE: Final = 256

@@ -1,9 +1,9 @@
-"""What the core has to tell: each event names the session, which goes on changing; `frozen` keeps it as it was."""
+"""What the core has to tell: each event names the session, which goes on changing; `moment_of` keeps how it was."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from .health import Finding
 from .sa import ChildSa
@@ -92,30 +92,33 @@ SessionEvent: TypeAlias = (
 )
 Event: TypeAlias = SessionEvent | TunnelsStale | CounterRose
 
+#: As a tuple, because events come by the thousand: a union is built anew each time it is asked.
+_ABOUT_NO_SESSION = (TunnelsStale, CounterRose)
 
-def frozen(event: Event) -> Event:
-    """The event with its session as it is now: what identifies it and what it has counted, without its records."""
-    if isinstance(event, TunnelsStale | CounterRose):
-        return event
+#: What of a session changes while it lives, as it was at one moment; see `moment_of`.
+Moment: TypeAlias = tuple[Any, ...]
+
+
+def moment_of(event: Event) -> Moment | None:
+    """How the event's session is now: cheap to keep, for nobody asks about most events. None if it is about none."""
+    if isinstance(event, _ABOUT_NO_SESSION):
+        return None
     session = event.session
-    c2s, s2c = (
-        Flow(flow.address, flow.zone, flow.port, flow.packet_count, flow.byte_count)
-        for flow in (session.c2s, session.s2c)
+    c2s, s2c = session.c2s, session.s2c
+    return (
+        (c2s.address, c2s.zone, c2s.port, c2s.packet_count, c2s.byte_count),
+        (s2c.address, s2c.zone, s2c.port, s2c.packet_count, s2c.byte_count),
+        (session.rule, session.is_terminated, session.ingress, session.egress, session.timeout_s, session.created_at),
+        (session.state, session.type, session.end_reason),
+        session.generations[-1:],
     )
-    then = Session(
-        session.id,
-        session.application,
-        c2s,
-        s2c,
-        session.rule,
-        session.is_terminated,
-        session.ingress,
-        session.egress,
-        session.timeout_s,
-        session.created_at,
-        session.state,
-        session.type,
-        session.end_reason,
-        generations=session.generations[-1:],
-    )
-    return replace(event, session=then)
+
+
+def as_it_was(event: Event, moment: Moment | None) -> Event:
+    """The event with its session as of that moment: what identifies it and what it had counted, without its records."""
+    if isinstance(event, _ABOUT_NO_SESSION) or moment is None:
+        return event
+    c2s, s2c, facts, standing, generations = moment
+    session = Session(event.session.id, event.session.application, Flow(*c2s), Flow(*s2c), *facts, *standing)
+    session.generations = generations
+    return replace(event, session=session)

@@ -164,7 +164,8 @@ class Firewall:
 
         A copy cut short after the headers will do. Never raises for what the bytes contain.
         """
-        if plain := peek(octets):
+        plain = peek(octets)
+        if plain is not None:
             element = self._element((indev, outdev, plain[0]))
             if element is not None:  # like one that was decided before: under load, this is all that is done
                 element.own_packets += 1
@@ -186,7 +187,9 @@ class Firewall:
         # A packet to or from this host has one interface only; the session shows it on both sides.
         ingress, egress = indev or outdev, outdev or indev
         key = self._key(packet, hook, ingress, egress)
-        flow = self.table.lookup(key) or self._flow_of_fragment(packet, hook)
+        flow = self.table.lookup(key)
+        if flow is None and packet.spi is None:
+            flow = self._flow_of_fragment(packet, hook)
         if flow is not None and flow.session.gate is not None:
             self._follow_gate(flow.session, now)
             flow = self.table.lookup(key)
@@ -211,7 +214,7 @@ class Firewall:
             self._note_fragment(flow)
         verdict = Verdict.DROP if session.state is State.DISCARD else Verdict.ACCEPT
         if counted is not None and session.is_decided:
-            like_it = (indev, outdev, packet.outer)
+            like_it = (indev, outdev, plain[0] if plain else packet.outer)
             first = (1, packet.length)
             if self._element(like_it) is None and not self.fast_path.learn(like_it, counted, verdict, first, now, mtu):
                 self.counters.add("fast_path_full")
@@ -544,7 +547,7 @@ class Firewall:
         if packet.spi is None or packet.seq is None:
             return None
         known = flow.use(packet.spi)
-        use = known or flow.note_spi(packet.spi, now)
+        use = known or flow.add_spi(packet.spi, now)
         use.look(packet.seq)
         use.packet_count += 1
         use.byte_count += packet.length
@@ -552,7 +555,8 @@ class Firewall:
         if flow.session.is_terminated:
             self._hold_against_control(use, 1, now)
         if known is None:
-            flow.session.ports_of_sa()
+            if flow.session.generations:
+                flow.session.ports_of_sa()
             self._begin_close_watch(flow.session, now)
         return use
 
@@ -714,12 +718,12 @@ class Firewall:
                 keys = second.keys
                 first.client.port = second.c2s.uses[-1].spi  # each side's port is the SPI that it receives on
                 self._absorb(second, first, turned=True)
-                self.table.index(first, [(key, first.s2c) for key in keys])
+                self.table.index(first, dict.fromkeys(keys, first.s2c))
                 self.spi_sessions.pair(first)
                 self.spi_sessions.leave(second)
 
     def _take_in(self, session: Session, entries: Mapping[Key, Flow]) -> None:
-        self.table.add(session, entries.items())
+        self.table.add(session, entries)
         self.counters.add("session_allocated")
         self._events.append(SessionCreated(session))
 
@@ -761,7 +765,7 @@ class Firewall:
         pair = self._pair_key(session)
         taken = self.table.lookup(pair)
         if taken is None:
-            self.table.index(session, [(pair, session.c2s)])
+            self.table.index(session, {pair: session.c2s})
             self._unclaimed[session] = None
             self._keep_alive(session, now)
             return
@@ -770,7 +774,7 @@ class Firewall:
         self._absorb(session, generic, turned)
         self._unclaimed[generic] = None
         own = {key: generic.flow((flow is session.c2s) != turned) for key, flow in flows.items()}
-        self.table.index(generic, own.items())
+        self.table.index(generic, own)
         spi_keys = [key for key in generic.keys if not isinstance(key, FlowKey)]
         self._unindex(generic, spi_keys[:-UNKNOWN_SPI_KEYS])
         self._prolong(generic, session.last_seen_at)
@@ -804,7 +808,7 @@ class Firewall:
         if is_spi_session and packet.spi is not None:  # a pair that was proven: each side's port is what it receives on
             (session.server if found.is_c2s else session.client).port = packet.spi
             self.spi_sessions.pair(session)
-        self.table.index(session, [(key, flow)])
+        self.table.index(session, {key: flow})
         return flow
 
     # --- sessions that the IKE daemon announces -------------------------------------------------------
@@ -883,7 +887,7 @@ class Firewall:
             self.counters.add("session_predicted")
             self.ager.arm(session, session.timeout_s, now)
         else:
-            self.table.index(session, flows.items())
+            self.table.index(session, flows)
         if provisional:  # an older SPI that the IKE daemon has forgotten since goes its own way
             self.fast_path.withdraw(element for element in session.elements if element.spi_key not in session.keys)
         if provisional and session.state is State.OPENING:

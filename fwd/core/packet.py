@@ -7,7 +7,7 @@ It reads the outer headers only and trusts no length in them. Arbitrary bytes gi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum, StrEnum
+from enum import StrEnum
 from struct import Struct
 from struct import error as StructError
 
@@ -44,7 +44,7 @@ class PacketError(ValueError):
         self.reason = reason
 
 
-class Kind(Enum):
+class Kind(StrEnum):  # a part of keys: that of a plain Enum is hashed in Python
     """What an IPsec gateway makes of the packet."""
 
     ESP = "esp"

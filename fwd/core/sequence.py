@@ -77,13 +77,14 @@ class Sequence:
 
     def observe(self, seq: int, unseen_total: int) -> None:
         """A packet with this number came by; `unseen_total` packets in all were not looked at."""
-        self._waiting += unseen_total - self.unseen
-        self.unseen = unseen_total
-        ahead, behind = (seq - self.top) % _MODULUS, (self.top - seq) % _MODULUS
+        if unseen_total != self.unseen:
+            self._waiting += unseen_total - self.unseen
+            self.unseen = unseen_total
+        ahead = (seq - self.top) % _MODULUS
         leap = _LEAP + _LEAP_PER_PACKET * self._waiting
         if 0 < ahead <= leap:
             self._advance(seq, ahead)
-        elif behind < REPLAY_WINDOW:
+        elif (behind := -ahead % _MODULUS) < REPLAY_WINDOW:
             self._fill(behind)
         elif self._suspect is not None and 0 < (seq - self._suspect) % _MODULUS <= leap:
             self.resets += 1  # two that agree: it is so
@@ -97,13 +98,16 @@ class Sequence:
             self._checked_at, self._checked = self.top, self._missing
 
     def _advance(self, seq: int, ahead: int) -> None:
-        self.wraps += seq < self.top
+        if seq < self.top:
+            self.wraps += 1
         self._missing += ahead - 1 - self._waiting
         if self._waiting:
             self._begin_at(seq)
             return
-        self._window = (self._window << min(ahead, REPLAY_WINDOW) | 1) & _ALL_SEEN
-        self.known = min(self.known + ahead, REPLAY_WINDOW)
+        self._window = (self._window << ahead | 1) & _ALL_SEEN if ahead < REPLAY_WINDOW else 1
+        self.known += ahead
+        if self.known > REPLAY_WINDOW:
+            self.known = REPLAY_WINDOW
         self.top, self._suspect = seq, None
 
     def _fill(self, behind: int) -> None:

@@ -128,14 +128,17 @@ class SpiUse:
             if self.unseen_count:
                 self.sequence = Sequence(seq, unseen=self.unseen_count)
             return
-        if self.sequence is None:
+        sequence = self.sequence
+        if sequence is None:
             if seq == self.next_seq and not self.unseen_count:
                 self.next_seq += 1
                 return
-            self.sequence = Sequence(self.next_seq - 1, min(REPLAY_WINDOW, self.next_seq - self.first_seq))
-        self.sequence.run_to(self.next_seq - 1)
-        self.sequence.observe(seq, self.unseen_count)
-        self.next_seq = self.sequence.top + 1
+            sequence = Sequence(self.next_seq - 1, min(REPLAY_WINDOW, self.next_seq - self.first_seq))
+            self.sequence = sequence
+        elif sequence.top != self.next_seq - 1:
+            sequence.run_to(self.next_seq - 1)
+        sequence.observe(seq, self.unseen_count)
+        self.next_seq = sequence.top + 1
 
     def absorb(self, other: SpiUse) -> None:
         """Take over what was seen of the same SPI elsewhere."""
@@ -180,14 +183,16 @@ class Flow:
         return None
 
     def note_spi(self, spi: int, now: float) -> SpiUse:
-        """What was seen of an SPI, with a new record if it is a new one.
+        """What was seen of an SPI, with a new record if it is a new one."""
+        return self.use(spi) or self.add_spi(spi, now)
+
+    def add_spi(self, spi: int, now: float) -> SpiUse:
+        """The record of an SPI that was not seen before.
 
         Of more than SPIS_SEEN one goes that carried the fewest packets: a flood of SPIs drives out its own.
         """
-        use = self.use(spi)
-        if use is None:
-            use = SpiUse(spi, self, now, now)
-            self._take_in(use)
+        use = SpiUse(spi, self, now, now)
+        self._take_in(use)
         return use
 
     def _take_in(self, use: SpiUse) -> None:

@@ -7,7 +7,7 @@ only would show half a tunnel.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeAlias
 
 from .sa import SpiKey
@@ -96,7 +96,7 @@ class SessionTable:
         """The session of that id if it has not ended."""
         return self._live.get(session_id)
 
-    def add(self, session: Session, entries: Iterable[tuple[Key, Flow]]) -> None:
+    def add(self, session: Session, entries: Mapping[Key, Flow]) -> None:
         """Take a new session in, with all its keys. Raises TableFull or KeyInUse and changes nothing."""
         if len(self._live) >= self.capacity:
             raise TableFull
@@ -109,15 +109,17 @@ class SessionTable:
         elif self._order[position := bisect_left(self._order, session.id)] != session.id:
             self._order.insert(position, session.id)
 
-    def index(self, session: Session, entries: Iterable[tuple[Key, Flow]]) -> None:
+    def index(self, session: Session, entries: Mapping[Key, Flow]) -> None:
         """Let further keys lead to the session, all or none. Raises KeyInUse and changes nothing."""
-        wanted = dict(entries)
-        for key in wanted:
+        fresh = []
+        for key in entries:
             taken = self._flows.get(key)
-            if taken is not None and taken.session is not session:
+            if taken is None:
+                fresh.append(key)
+            elif taken.session is not session:
                 raise KeyInUse
-        session.keys += tuple(key for key in wanted if key not in self._flows)
-        self._flows.update(wanted)
+        session.keys = (*session.keys, *fresh)
+        self._flows.update(entries)
 
     def unindex(self, session: Session, keys: Iterable[Key]) -> None:
         """Let these keys lead to the session no more; those of others stay."""

@@ -18,7 +18,7 @@ from ..core.policy import Verdict
 from ..core.session import Element, ElementKey
 from . import nftables as nft
 from .nftables import Kind, Message, NftError, NftSocket
-from .ruleset import TABLE, Backend, maps
+from .ruleset import TABLE, Backend, RulesetError, maps
 
 log = logging.getLogger(__name__)
 
@@ -78,15 +78,19 @@ class KernelPath:
                 log.warning("the kernel kept an element of the fast path: %s", error)
 
     def find_all(self) -> list[Found]:
-        """All elements that a former daemon left there. Raises OSError."""
+        """All elements that a former daemon left there. A map that cannot be read is emptied: nobody would count.
+
+        Raises RulesetError if even that cannot be done.
+        """
         offset = time.time() - time.monotonic()
         found = []
         for size, (family, name) in self._maps.items():
             body = nft.string(_SET_TABLE, TABLE) + nft.string(_SET_NAME, name)
             try:
                 answers = self._socket.ask(Message(Kind.GETSETELEM, family, body, nft.NLM_F_DUMP))
-            except NftError as error:
-                log.warning("the fast path of a former fwd cannot be read: %s", error)
+            except (NftError, OSError) as error:
+                log.error("the fast path of a former fwd cannot be read, and is begun anew: %s", error)
+                self._empty(family, body)
                 continue
             for key, attributes in _elements_in(answers):
                 assert 8 + len(key[2]) == size
@@ -98,10 +102,19 @@ class KernelPath:
                 found.append(Found(key, verdict, reading, int(session), side == "c2s", started_at, gated_until))
         return found
 
+    def _empty(self, family: int, body: bytes) -> None:
+        try:
+            self._socket.transact([Message(Kind.DELSETELEM, family, body)])
+        except (NftError, OSError) as error:
+            if isinstance(error, NftError) and error.number == errno.ENOENT:
+                return  # nor is there a table
+            raise RulesetError(f"cannot empty a former fwd's fast path ({error}): see `fwd --remove-rules`") from None
+
     def _change(self, changes: Sequence[tuple[Element, bool]], outcome: Outcome) -> None:
         """One transaction of removals (False), whose last counts it gives, and of installs (True). Raises OSError."""
         removals = ((element.key, _element(element.key)) for element, is_new in changes if not is_new)
-        installs = ((element.key, self._new_element(element)) for element, is_new in changes if is_new)
+        offset = time.time() - time.monotonic()
+        installs = ((element.key, self._new_element(element, offset)) for element, is_new in changes if is_new)
         messages = [*self._messages(Kind.DELSETELEM, removals), *self._messages(Kind.NEWSETELEM, installs)]
         try:
             outcome.removed.update(_readings(self._socket.transact(messages)))
@@ -138,12 +151,11 @@ class KernelPath:
         for key in missing:
             self._read([key], outcome)
 
-    def _new_element(self, element: Element) -> bytes:
+    def _new_element(self, element: Element, offset: float) -> bytes:
+        """An element to be installed; `offset` is what the wall clock is ahead of the monotonic one, in seconds."""
         session = element.flow.session
         side = "c2s" if element.flow is session.c2s else "s2c"
-        spi = int.from_bytes(element.key[2][-4:])
-        offset = time.time() - time.monotonic()
-        said = f"session {session.id} {side}, SPI {spi}, since {offset + session.created_at:.0f}"
+        said = f"session {session.id} {side}, SPI {element.use.spi}, since {offset + session.created_at:.0f}"
         if session.gated_until is not None:
             said += f", gate until {offset + session.gated_until:.0f}"
         return _element(

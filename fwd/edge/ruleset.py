@@ -8,7 +8,7 @@ and reads them). What is in no map falls through to the queue. In nft's words:
         type filter hook forward priority mangle; policy accept;
         ip protocol esp  esp sequence != 0  iif . oif . ip saddr . ip daddr . esp spi vmap @decided_esp
         meta l4proto esp  goto undecided
-        meta l4proto udp  goto udp
+        meta l4proto udp  goto over_udp
     }
     chain undecided { counter queue num 20 bypass comment "queue 20" }
 
@@ -35,12 +35,13 @@ from .queue_stats import kernel_queue_stats
 
 TABLE = "fwd_dataplane"  # `fwd` alone is a keyword of nft
 ESP_MAP, ESP_IN_UDP_MAP = "decided_esp", "decided_esp_in_udp"  # `esp` alone is a keyword of nft
+_OVER_UDP = "over_udp"  # so is `udp`
 
 #: Where the two addresses stand in the IP header, and how long each is (RFC 791, RFC 8200).
 _ADDRESSES = {nft.NFPROTO_IPV4: (12, 4), nft.NFPROTO_IPV6: (8, 16)}
 
 #: To be raised whenever tables that another version of fwd left behind must not be taken over.
-_LAYOUT = 2
+_LAYOUT = 3
 
 _HOOKS = {"input": 1, "forward": 2, "output": 3}  # NF_INET_* (linux/netfilter.h)
 _MANGLE = -150  # NF_IP_PRI_MANGLE (linux/netfilter_ipv4.h): before anybody's filter rules
@@ -241,7 +242,7 @@ class Ruleset:
             yield Message(Kind.NEWTABLE, family, table + nft.comment(6, label), nft.NLM_F_CREATE)
             for name in (ESP_MAP, ESP_IN_UDP_MAP):
                 yield nft.verdict_map(family, TABLE, name, _key_fields(family, name), self._capacity)
-            for chain in ("udp", "undecided"):
+            for chain in (_OVER_UDP, "undecided"):
                 yield nft.chain(family, TABLE, chain)
             for hook, number in _HOOKS.items():
                 if backend is Backend.MARK:
@@ -259,14 +260,14 @@ class Ruleset:
                 loopback = nft.meta(side, nft.NFT_REG_1) + nft.compare(_LOOPBACK, nft.NFT_REG_1)
                 yield nft.rule(family, TABLE, hook, loopback, nft.verdict(nft.NF_ACCEPT))
             yield nft.rule(family, TABLE, hook, _protocol(_ESP), nft.verdict(nft.NFT_GOTO, "undecided"))
-            yield nft.rule(family, TABLE, hook, _protocol(_UDP), nft.verdict(nft.NFT_GOTO, "udp"))
+            yield nft.rule(family, TABLE, hook, _protocol(_UDP), nft.verdict(nft.NFT_GOTO, _OVER_UDP))
             if is_marked:
                 yield nft.rule(family, TABLE, f"after_{hook}", nft.is_marked(_DECIDED_MARK), nft.unmark(_DECIDED_MARK))
         for side in (_DPORT, _SPORT):
-            yield nft.rule(family, TABLE, "udp", _port(side, _NAT_T_PORT), _decided(family, ESP_IN_UDP_MAP), go_on)
+            yield nft.rule(family, TABLE, _OVER_UDP, _port(side, _NAT_T_PORT), _decided(family, ESP_IN_UDP_MAP), go_on)
         for side in (_DPORT, _SPORT):
             for port in (_IKE_PORT, _NAT_T_PORT):
-                yield nft.rule(family, TABLE, "udp", _port(side, port), nft.verdict(nft.NFT_GOTO, "undecided"))
+                yield nft.rule(family, TABLE, _OVER_UDP, _port(side, port), nft.verdict(nft.NFT_GOTO, "undecided"))
         match backend:
             case Backend.NFT:
                 undecided = nft.counter() + nft.queue(self.queue, bypass=self.fail_open)

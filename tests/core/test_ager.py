@@ -18,7 +18,7 @@ def ager(table):
 
 def add(table):
     session = new_session(table.allocate_id())
-    table.add(session, [])
+    table.add(session, {})
     return session
 
 

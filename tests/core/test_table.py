@@ -33,7 +33,7 @@ class TableMachine(RuleBasedStateMachine):
         session_id = self.table.allocate_id(wanted)
         assert session_id not in self.live and session_id not in self.ended and session_id > 0
         session = new_session(session_id)
-        entries = [(key, session.c2s if index % 2 == 0 else session.s2c) for index, key in enumerate(keys)]
+        entries = {key: session.c2s if index % 2 == 0 else session.s2c for index, key in enumerate(keys)}
         if len(self.live) >= self.capacity:
             with pytest.raises(TableFull):
                 self.table.add(session, entries)
@@ -51,7 +51,7 @@ class TableMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 100), keys=KEYS)
     def index_more(self, which, keys):
         session = list(self.live.values())[which % len(self.live)]
-        entries = [(key, session.s2c) for key in keys]
+        entries = dict.fromkeys(keys, session.s2c)
         if any(key in self.keys and self.keys[key].session is not session for key in keys):
             with pytest.raises(KeyInUse):
                 self.table.index(session, entries)
@@ -119,7 +119,7 @@ TestTable.settings = hypothesis_settings(max_examples=150, stateful_step_count=4
 def test_ids_begin_at_one_and_wrap_without_meeting_a_readable_one():
     table = SessionTable(10, 10)
     first = new_session(table.allocate_id())
-    table.add(first, [])
+    table.add(first, {})
     assert first.id == 1
     table._last_id = 2**31 - 1
     assert table.allocate_id() == 2
@@ -128,7 +128,7 @@ def test_ids_begin_at_one_and_wrap_without_meeting_a_readable_one():
 def test_the_order_of_ids_outlives_many_sessions_and_stays_small():
     table = SessionTable(10, 0)
     for number in range(1000):
-        table.add(new_session(table.allocate_id()), [])
+        table.add(new_session(table.allocate_id()), {})
         if number >= 10 - 1:
             table.remove(next(iter(table)))
     assert [session.id for session in table.after(995)] == [996, 997, 998, 999, 1000]

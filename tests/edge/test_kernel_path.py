@@ -152,3 +152,17 @@ def test_no_answer_is_told_from_nothing_there():
     )
     assert unknown == [True, True, False, False, False, False, True, True]
     assert refused == [0, 0, 2] and reads == [6, 0]
+
+
+def test_a_map_that_cannot_be_read_is_emptied_for_nobody_would_count():
+    found, left = run(
+        "path.carry_out(Work(installs=elements))\n"
+        "asked = path._socket.ask\n"
+        "def ask(message):\n"
+        "    path._socket.ask = asked\n"
+        "    raise OSError('no buffer space')\n"
+        "path._socket.ask = ask\n"
+        "print(json.dumps(len(path.find_all())))\n"
+        "print(json.dumps(len(path.find_all())))\n"
+    )
+    assert found == left == 9  # of four maps with three each, the first is gone, in the kernel, too

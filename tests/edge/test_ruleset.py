@@ -38,18 +38,18 @@ def test_the_rules_read_as_they_were_meant():
     lines = [line.strip() for line in text.splitlines()]
     decided = "esp sequence != 0 iif . oif . ip saddr . ip daddr . esp spi vmap @decided_esp"
     in_udp = "@th,96,32 != 0x0 iif . oif . ip saddr . ip daddr . @th,0,32 . @th,64,32 vmap @decided_esp_in_udp"
-    undecided = ["meta l4proto esp goto undecided", "meta l4proto udp goto udp"]
+    undecided = ["meta l4proto esp goto undecided", "meta l4proto udp goto over_udp"]
     for hook, loopback in (("input", ['iif "lo" accept']), ("forward", []), ("output", ['oif "lo" accept'])):
         start = lines.index(f"chain {hook} {{")
         assert lines[start + 1] == f"type filter hook {hook} priority mangle; policy accept;"
         assert lines[start + 2 : lines.index("}", start)] == [decided, *loopback, *undecided]
-    start = lines.index("chain udp {")
+    start = lines.index("chain over_udp {")
     assert lines[start + 1 : start + 3] == [f"udp dport 4500 {in_udp}", f"udp sport 4500 {in_udp}"]
     start = lines.index("chain undecided {")
     assert lines[start + 1].startswith("counter packets 0 bytes 0") and "num 20" in lines[start + 1]
     assert "bypass" not in lines[start + 1]
     assert lines.count("size 1024") == 2
-    assert 'comment "fwd: layout 2, nft-xt, 1024 elements"' in lines
+    assert 'comment "fwd: layout 3, nft-xt, 1024 elements"' in lines
 
 
 def test_open_and_closed():
