@@ -1,5 +1,6 @@
 # make demo    the main job on real ESP, in a lab of network namespaces
 # make test    lint and all tests
+# make torture faults, floods, hostile packets, in full (half an hour)
 # make bench   what it costs, beside plain forwarding, C and Suricata (some minutes)
 # make install the daemon, the client, the unit, under /usr/local
 #
@@ -27,10 +28,10 @@ define need
 	fi
 endef
 
-.PHONY: help setup demo lint test unit bench install uninstall clean
+.PHONY: help setup demo lint test torture unit bench install uninstall clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n 's/^# //p' Makefile | head -5
 
 setup: $(READY)
 
@@ -51,6 +52,10 @@ lint: $(READY)
 
 test: lint
 	$(SUDO) $(VENV)/bin/python -m pytest
+
+# What `make test` runs small, at full length.
+torture: $(READY)
+	$(SUDO) env FWD_TORTURE=full $(VENV)/bin/python -m pytest -v tests/torture
 
 bench: $(READY)
 	$(call need,$(BENCH_PACKAGES))
