@@ -242,6 +242,27 @@ class SaDirectory:
             case SaSourceAlive():
                 return []
 
+    def restore(self, sa: ChildSa, installed_at: float, replaces: KnownSa | None) -> KnownSa:
+        """Know an SA as a former daemon knew it; the next snapshot tells what is true now.
+
+        `replaces` is the one before it of the same tunnel, if that is still there.
+        """
+        confirmed_at = installed_at if self.answered_at is None else self.answered_at
+        known = self._known[sa.key] = KnownSa(sa, installed_at, confirmed_at)
+        self._by_spi[sa.key_in] = self._by_spi[sa.key_out] = sa
+        if replaces is not None and installed_at > replaces.installed_at + COLLISION_S:
+            known.replaces = replaces
+            replaces.is_rekeyed = True
+        return known
+
+    def remember(self, sa: ChildSa, end: SaEnd, removed_at: float) -> None:
+        """An SA was there until that time."""
+        for spi_key in (sa.key_in, sa.key_out):
+            self._former.pop(spi_key, None)
+            self._former[spi_key] = FormerSa(sa, end, removed_at)
+        while len(self._former) > FORMER_SPIS_KEPT:
+            del self._former[next(iter(self._former))]
+
     def known(self, sa: ChildSa) -> KnownSa | None:
         """What is known of an SA; None if it is gone."""
         return self._known.get(sa.key)
@@ -311,11 +332,7 @@ class SaDirectory:
         before = self._remove(known.replaces, SaEnd.REKEYED, now) if known.replaces else []
         known.replaces = None
         end = SaEnd.REKEYED if known.is_rekeyed else end
-        for spi_key in (sa.key_in, sa.key_out):
-            self._former.pop(spi_key, None)
-            self._former[spi_key] = FormerSa(sa, end, now)
-        while len(self._former) > FORMER_SPIS_KEPT:
-            del self._former[next(iter(self._former))]
+        self.remember(sa, end, now)
         return [*before, SaRemoved(sa, end)]
 
     def _forget_spis(self, sa: ChildSa) -> None:

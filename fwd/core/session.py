@@ -125,7 +125,9 @@ class SpiUse:
         """Note the sequence number of a packet that is not yet counted."""
         if self.next_seq < 0:
             self.first_seq, self.next_seq = seq, seq + 1
-            if self.unseen_count:
+            if self.sequence is not None:
+                self.sequence.resume(seq, self.unseen_count)
+            elif self.unseen_count:
                 self.sequence = Sequence(seq, unseen=self.unseen_count)
             return
         sequence = self.sequence
