@@ -175,21 +175,25 @@ class Bench:
             )
         )
 
-    def restart(self, *rules: Rule, is_orderly: bool = True, **changes: Any) -> None:
-        """Another firewall goes on with what was saved and what is in the kernel; a killed one had saved all until now.
+    def restart(
+        self, *rules: Rule, saved: dict[bytes, bytes] | None = None, fast_path: bool = True, **changes: Any
+    ) -> None:
+        """Another firewall goes on with what was saved and what is in the kernel.
 
-        An orderly one has counted what its elements had, too.
+        `saved` is what a killed one had saved, if that is not all until now.
         """
-        if is_orderly:
-            self.read_all()
-        self.save()
+        if saved is None:
+            self.firewall.credit_all()
+            self.save()
+        else:
+            self.saved = saved
         self.firewall = Firewall(settings(*rules, **changes), self.now)
         self.firewall.keeps_records = True
         self._know_interfaces()
         found = self.kernel.find_all()
         for key in self.firewall.restore(self.saved, found, self.kernel.undecided, self.now):
             del self.kernel.elements[key]
-        self.firewall.use_fast_path(True)
+        self.firewall.use_fast_path(fast_path)
         self.serve_kernel()
         self.check()
 
@@ -212,7 +216,7 @@ class Bench:
         totals, gates, saved = records.read(self.saved)
         assert totals is not None and {record.id for record in saved} == sessions.keys()
         for record in saved:
-            assert _timeless(record) == _timeless(firewall._record(sessions[record.id], self.now)), "not noted"
+            assert _timeless(record) == _timeless(firewall._record(sessions[record.id], self.now))
         charged = [e for e in firewall.fast_path if e.place in (Place.PENDING, Place.KERNEL)]
         charged += [e for session in sessions.values() for e in firewall.fast_path.leaving(session)]
         assert firewall.fast_path.kernel_packets == sum(element.kernel_packets for element in charged)

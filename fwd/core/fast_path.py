@@ -158,6 +158,7 @@ class FastPath:
         self.kernel_packets += reading[0] - element.kernel_packets
         self.kernel_bytes += reading[1] - element.kernel_bytes
         element.kernel_packets, element.kernel_bytes = reading
+        element.is_unsaved = True
 
     def note_removed(self, element: Element) -> None:
         """The kernel has it no more, and its last counts are known, or never will be."""

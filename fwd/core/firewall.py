@@ -412,8 +412,12 @@ class Firewall:
                 is_fit = packets <= LOOK_MAX_PACKETS and reading[0] > LOOK_MIN_PACKETS
                 if is_fit and now - element.looked_at >= LOOK_INTERVAL_S:
                     to_look_at.append(element)
-            elif element.seen_at < idle_since and element.place is Place.KERNEL:
-                self.fast_path.withdraw((element,))
+            else:
+                if element.is_unsaved:  # it has fallen silent
+                    element.is_unsaved = False
+                    self._note(element.flow.session)
+                if element.seen_at < idle_since and element.place is Place.KERNEL:
+                    self.fast_path.withdraw((element,))
         self.fast_path.look_at(e for e in to_look_at[:LOOKS_PER_TURN] if e.place is Place.KERNEL)
         asked, self._asked = self._asked, []
         for session in asked:
@@ -475,7 +479,9 @@ class Firewall:
         left_s = session.expires_at - self.ager.age(now)
         ended_at = self.table.ended_at(session.id)
         leaving = self.fast_path.leaving(session)
-        return records.session_record(session, self._flows_of(session), leaving, left_s, ended_at, now)
+        known = (self.directory.known(sa) for sa in session.sas) if ended_at is None else ()
+        rekeyed = [found.sa for found in known if found is not None and found.is_rekeyed]
+        return records.session_record(session, self._flows_of(session), leaving, rekeyed, left_s, ended_at, now)
 
     def _totals(self) -> records.TotalsRecord:
         values = dict(self.counters.values)
@@ -560,7 +566,7 @@ class Firewall:
         """Let a live session be found wherever else its like are found."""
         is_in_transit = not session.is_terminated and session.application is not Application.IKE
         if session.generations:
-            self._restore_tunnel(session, now)
+            self._restore_tunnel(session, record, now)
         elif session.is_terminated and not session.is_provisional and (session.c2s.uses or session.s2c.uses):
             self._unclaimed[session] = None
         is_of_spi = any(isinstance(key, FlowKey) and key.low_port for key in session.keys)
@@ -574,12 +580,13 @@ class Firewall:
             else:
                 self._to_gate.append(session)
 
-    def _restore_tunnel(self, session: Session, now: float) -> None:
+    def _restore_tunnel(self, session: Session, record: records.SessionRecord, now: float) -> None:
         before: KnownSa | None = None
-        for generation in session.generations:
+        for generation in record.generations:
             sa = generation.sa
             if generation.removed_at is None:
-                before = self.directory.restore(sa, generation.installed_at, before)
+                replaces = before if before is not None and before.is_rekeyed else None
+                before = self.directory.restore(sa, generation.installed_at, replaces, generation.is_rekeyed)
                 continue
             self.directory.remember(sa, generation.end or SaEnd.VANISHED, generation.removed_at)
             if sa.key_in in session.keys or sa.key_out in session.keys:
@@ -1322,7 +1329,7 @@ class Firewall:
         renamed = dict(zip((session.client.zone, session.server.zone), zones, strict=True))
         session.client.zone, session.server.zone = zones
         keys = {
-            key: key._replace(low_zone=renamed[key.low_zone], high_zone=renamed[key.high_zone])
+            key: key._replace(low_zone=renamed.get(key.low_zone), high_zone=renamed.get(key.high_zone))
             for key in session.keys
             if isinstance(key, FlowKey) and key.low_zone is not None and key.high_zone is not None
         }

@@ -10,7 +10,7 @@ Bytes are trusted no further than their types: `from_bytes` raises RecordError f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -86,6 +86,7 @@ class GenerationRecord(_Record):
     end: SaEnd | None
     moves: int
     after_end_count: int
+    is_rekeyed: bool
 
 
 class KeyRecord(_Record):
@@ -225,6 +226,7 @@ def session_record(
     session: Session,
     keys: Mapping[FlowKey | SpiKey, Flow],
     leaving: Iterable[Element],
+    rekeyed: Collection[ChildSa],
     left_s: float,
     ended_at: float | None,
     now: float,
@@ -232,7 +234,7 @@ def session_record(
     """The record of a session.
 
     `keys` lead to its flows; `leaving` are elements of it that the kernel is to remove, of which it has not said the
-    last counts; `left_s` is what is left of its time.
+    last counts; `rekeyed` are SAs of its tunnel that gave way to another one; `left_s` is what is left of its time.
     """
     elements = [element for element in session.elements if element.place in (Place.PENDING, Place.KERNEL)]
     elements += leaving
@@ -258,12 +260,12 @@ def session_record(
         session.is_client_here,
         session.rekeys,
         session.udp_ports,
-        session.gate is not None,
+        session.gate is not None and ended_at is None,
         ended_at,
         tuple(KeyRecord(*key, flow is c2s) for key, flow in keys.items() if isinstance(key, FlowKey)),
         tuple(SpiKeyRecord(*key, flow is c2s) for key, flow in keys.items() if not isinstance(key, FlowKey)),
         tuple(
-            GenerationRecord(g.sa, g.installed_at, g.removed_at, g.end, g.moves, g.after_end_count)
+            GenerationRecord(g.sa, g.installed_at, g.removed_at, g.end, g.moves, g.after_end_count, g.sa in rekeyed)
             for g in session.generations
         ),
         tuple(ElementRecord(*e.key, e.use.flow is c2s, e.use.spi, e.kernel_packets, e.kernel_bytes) for e in elements),

@@ -242,17 +242,14 @@ class SaDirectory:
             case SaSourceAlive():
                 return []
 
-    def restore(self, sa: ChildSa, installed_at: float, replaces: KnownSa | None) -> KnownSa:
+    def restore(self, sa: ChildSa, installed_at: float, replaces: KnownSa | None, is_rekeyed: bool) -> KnownSa:
         """Know an SA as a former daemon knew it; the next snapshot tells what is true now.
 
-        `replaces` is the one before it of the same tunnel, if that is still there.
+        `replaces` is the one that it took over from, if that is still there.
         """
         confirmed_at = installed_at if self.answered_at is None else self.answered_at
-        known = self._known[sa.key] = KnownSa(sa, installed_at, confirmed_at)
+        known = self._known[sa.key] = KnownSa(sa, installed_at, confirmed_at, replaces, is_rekeyed)
         self._by_spi[sa.key_in] = self._by_spi[sa.key_out] = sa
-        if replaces is not None and installed_at > replaces.installed_at + COLLISION_S:
-            known.replaces = replaces
-            replaces.is_rekeyed = True
         return known
 
     def remember(self, sa: ChildSa, end: SaEnd, removed_at: float) -> None:

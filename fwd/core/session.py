@@ -239,7 +239,8 @@ class Element:
     `kernel_packets` and `kernel_bytes` are the kernel's counter as read last. What the daemon answered itself is
     counted in `own_packets` and `own_bytes` until it is credited to the flow. `seen_at` is when a packet was last
     noticed, `looked_at` when the daemon last saw one itself, in monotonic seconds. `mtu` is the interface's, in bytes,
-    `tries` how often the kernel did not answer when it was to remove it.
+    `tries` how often the kernel did not answer when it was to remove it. `is_unsaved`: its counts are newer than its
+    session's record.
     """
 
     key: ElementKey
@@ -254,6 +255,7 @@ class Element:
     looked_at: float = 0.0
     mtu: int = 0x1_0000
     tries: int = 0
+    is_unsaved: bool = False
 
     @property
     def flow(self) -> Flow:
