@@ -61,6 +61,9 @@ GARBAGE_THRESHOLDS = (50_000, 50, 100)
 #: What the edges count since this daemon began.
 _EDGE_COUNTERS = ("control_request", "control_refused", "queue_kernel_drop", "queue_socket_drop")
 
+#: How often two of the kernel's counters are read in the hope that no packet comes between.
+UNDECIDED_TRIES = 20
+
 #: After the state file could not be written, the next try comes so much later, in seconds.
 SAVE_RETRY_S = 5.0
 
@@ -200,7 +203,7 @@ class Daemon:
         undecided = None
         if self._ruleset.backend is not None and self._ruleset.backend.has_maps:
             self._kernel = KernelPath(self._ruleset.backend)
-            undecided = self._ruleset.undecided()
+            undecided = self._undecided_before()
             found = self._kernel.find_all() if self._ruleset.kept_maps else []
         self._firewall.keeps_records = self._state is not None
         try:
@@ -219,6 +222,14 @@ class Daemon:
             log.info("took over %d sessions, %d SPIs in the kernel; %d packets unseen so far", sessions, taken, unseen)
         self._serve_kernel()
         self._save()
+
+    def _undecided_before(self) -> int | None:
+        """Packets that reached the queue's rule before this daemon had the queue; None if the kernel does not tell."""
+        for _ in range(UNDECIDED_TRIES):  # both numbers at one moment, between two packets
+            before, undecided = kernel_queue_stats(self._queue.number), self._ruleset.undecided()
+            if undecided is None or before is None or before == kernel_queue_stats(self._queue.number):
+                break
+        return None if undecided is None or before is None else undecided - before.offered
 
     def _begin_state_anew(self, reason: str) -> None:
         try:

@@ -500,9 +500,10 @@ class Firewall:
     ) -> list[ElementKey]:
         """Go on where a former daemon stopped: with its records, and what it left in the kernel.
 
-        To be called before the first packet. `undecided` is how many packets reached the queue's rule since the kernel
-        has these elements, if it tells. What nobody counted of them stands in `pkt_unseen`. All sessions meet the rules
-        anew. Gives those elements that belong to no session: the kernel is to be rid of them. Raises RecordError for
+        To be called before the first packet. `undecided` is how many packets had reached the queue's rule since the
+        kernel has these elements, when the queue became this daemon's, if it tells. What nobody counted of them stands
+        in `pkt_unseen`. All sessions meet the rules anew. Gives those elements that belong to no session: the kernel is
+        to be rid of them. Raises RecordError for
         rows that are no records, and then nothing has changed.
         """
         totals, gates, sessions = records.read(rows)

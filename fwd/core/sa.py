@@ -25,6 +25,10 @@ TunnelKey: TypeAlias = tuple[str, str, str, str, int]
 SaKey: TypeAlias = tuple[bytes, bytes, int, int]
 
 
+#: Why the IKE daemon has not answered, before anybody could ask it.
+NOT_ASKED = "not asked yet"
+
+
 @dataclass(frozen=True, slots=True)
 class ChildSa:
     """One CHILD_SA: a pair of ESP SAs, one each way (RFC 7296 section 1.3).
@@ -196,7 +200,7 @@ class SaDirectory:
         self._by_spi: dict[SpiKey, ChildSa] = {}
         self._former: dict[SpiKey, FormerSa] = {}
         #: Why the IKE daemon does not answer; empty while it does.
-        self.lost_reason = "not asked yet"
+        self.lost_reason = NOT_ASKED
         #: When it last said anything, in monotonic seconds; None if it never did.
         self.answered_at: float | None = None
 
