@@ -547,8 +547,8 @@ def main(config_path: Path | None, check: bool, remove_rules: bool) -> None:
 
     It needs CAP_NET_ADMIN. It puts its own netfilter rules in place when it starts and takes them out when it is
     stopped (SIGTERM); those of a killed fwd stay, so that fail-closed means closed. SIGUSR1 stops it for a successor:
-    rules stay, what was decided goes on in the kernel, and the next fwd takes over sessions and counts (exit status
-    10). SIGHUP reads the configuration again, whole or not at all. Ask it with fwctl.
+    rules stay, and what was decided goes on in the kernel (exit status 10). However it ends, the next fwd goes on with
+    its sessions and counts, which are in the state file. SIGHUP reads the configuration again, whole or not at all. Ask it with fwctl.
 
     \b
       fwd --check --config my.toml     is this file right?
