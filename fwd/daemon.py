@@ -49,6 +49,7 @@ from .edge.queue_stats import kernel_queue_stats
 from .edge.ruleset import Backend, Ruleset, RulesetError
 from .edge.state_file import StateError, StateFile
 from .edge.vici import ViciListener
+from .rpc import CONFIGURATION_REFUSED, RpcError
 
 log = logging.getLogger("fwd")
 
@@ -111,7 +112,13 @@ class Daemon:
         self._interfaces = InterfaceWatcher(self._interface_event)
         self._vici = ViciListener(config.vici.socket, self._sa_event_from_thread)
         self._api = Api(
-            self._firewall, time.monotonic, config.vici.socket, self._host, self._take_edge_counts, self._refresh
+            self._firewall,
+            time.monotonic,
+            config.vici.socket,
+            self._host,
+            self._take_edge_counts,
+            self._refresh,
+            self._reload_on_request,
         )
         self._control = ControlServer(
             Path(config.control.socket), self._control_request, self._api.rights, _access(config)
@@ -356,6 +363,18 @@ class Daemon:
         finally:  # whatever else went wrong: systemd waits for this
             systemd.notify("READY=1", f"STATUS={self._summary()}")
 
+    def _reload_on_request(self) -> dict[str, object]:
+        """The same for a client, who is told what came of it. Raises RpcError."""
+        try:
+            self._take_configuration(load(self._config_path))
+        except (ConfigError, RulesetError) as error:
+            raise RpcError(CONFIGURATION_REFUSED, f"nothing was changed: {error}") from None
+        return {
+            "configuration": _source(self._config_path),
+            "rules": len(self._config.rules),
+            "sessions": len(self._firewall.table),
+        }
+
     def _take_configuration(self, config: Config) -> None:
         """Go on with another configuration. Raises ConfigError or RulesetError, and then nothing has changed."""
         before, after = self._config.restart_keys(), config.restart_keys()
@@ -548,7 +567,8 @@ def main(config_path: Path | None, check: bool, remove_rules: bool) -> None:
     It needs CAP_NET_ADMIN. It puts its own netfilter rules in place when it starts and takes them out when it is
     stopped (SIGTERM); those of a killed fwd stay, so that fail-closed means closed. SIGUSR1 stops it for a successor:
     rules stay, and what was decided goes on in the kernel (exit status 10). However it ends, the next fwd goes on with
-    its sessions and counts, which are in the state file. SIGHUP reads the configuration again, whole or not at all. Ask it with fwctl.
+    its sessions and counts, which are in the state file. SIGHUP (or fwctl reload) reads the configuration again, whole
+    or not at all. Ask it with fwctl.
 
     \b
       fwd --check --config my.toml     is this file right?

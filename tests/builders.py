@@ -315,7 +315,8 @@ class Bench:
             everything = [*self.firewall.table, *self.firewall.table.ended]
             assert values["pkt_session"] == sum(session.packet_count for session in everything)
             assert values["byte_session"] == sum(session.byte_count for session in everything)
-        self.check_saved()
+        if len(self.firewall.table) <= 64:  # it takes a while for each
+            self.check_saved()
 
 
 def _timeless(record: records.SessionRecord) -> records.SessionRecord:

@@ -40,7 +40,7 @@ def balance(counters):
 @pytest.mark.parametrize("fail", ["open", "closed"])
 def test_killed_at_any_instant(demo, fail):
     chance = random.Random(fail)
-    config = default_config() + f'[dataplane]\nfail = "{fail}"\n'
+    config = default_config() + f'[dataplane]\nfail = "{fail}"\n[timeouts]\nike = 3600\n'
     fwd = demo.start_fwd(config)
     demo.initiate()
     endless = KILLS * 200
