@@ -30,9 +30,9 @@ _ACCEPT = Verdict.ACCEPT
 _SOCKET_BYTES = 8 * 2**20
 
 
-#: How much of each packet the kernel copies: any headers that make sense. The package reads messages into 4096 bytes, and
-#: asks for copies of 4016 unless told otherwise. What the kernel says of a packet in transit takes more than the 80 bytes
-#: between: the package would lose the message of a large one, and with it the packet, and its place in the queue for good.
+#: How much of each packet the kernel copies: any headers that make sense. The package reads messages into 4096 bytes,
+#: and asks for copies of 4016 unless told otherwise; but what the kernel says of a packet in transit takes more than
+#: the 80 between. The package would lose the message, and so a large packet, and its place in the queue for good.
 COPY_BYTES = 2048
 
 
