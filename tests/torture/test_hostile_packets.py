@@ -16,7 +16,7 @@ from tests.torture.seeds import PACKETS, chain, fragment6, read_corpus
 #: Inputs to the decoder, and programs for the core, that the fuzzer tries.
 RUNS = {"decoder": in_full(10_000_000, 100_000), "firewall": in_full(30_000, 500)}
 
-EXAMPLES = settings(max_examples=in_full(20_000, 300), deadline=None)
+EXAMPLES = settings(max_examples=in_full(3_000, 300), deadline=None)
 
 # --- packets as they could be, header by header ------------------------------------------------------------
 
@@ -89,7 +89,7 @@ def test_an_ike_header_is_read_as_it_stands_there_or_not_at_all(octets, offset):
 
 
 @pytest.mark.timeout(1200)
-@settings(EXAMPLES, max_examples=in_full(5_000, 60))
+@settings(EXAMPLES, max_examples=in_full(1_000, 60))
 @given(st.integers(0, 31), STEPS)
 def test_whatever_comes_each_packet_has_one_verdict_and_is_counted_once(options, steps):
     hostile.firewall(hostile.program(options, *steps))
