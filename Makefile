@@ -55,6 +55,7 @@ test: lint
 
 # What `make test` runs small, at full length.
 torture: $(READY)
+	$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[torture]'
 	$(SUDO) env FWD_TORTURE=full $(VENV)/bin/python -m pytest -v tests/torture
 
 bench: $(READY)

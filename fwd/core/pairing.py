@@ -142,6 +142,8 @@ def proven_pairs(waiting: Iterable[Session], now: float) -> Iterator[tuple[Sessi
     if not uses:
         return
     low, high = _peers(next(iter(uses.values())))
+    if low == high:  # what an address sends to itself goes one way only: an SPI would be its own partner
+        return
     one_way = [use for use in uses if use.flow.address == low]
     other_way = {use.spi: use for use in uses if use.flow.address == high}
     seen = observe(one_way, list(other_way.values()), now)

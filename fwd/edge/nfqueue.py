@@ -20,7 +20,7 @@ from ..core.policy import Verdict
 
 log = logging.getLogger(__name__)
 
-#: octets from the IP header on (cut at 4016 bytes), netfilter hook, indices of the interfaces in and out, the time.
+#: octets from the IP header on (cut at COPY_BYTES), netfilter hook, indices of the interfaces in and out, the time.
 Decide: TypeAlias = Callable[[bytes, int, int, int, float], Verdict]
 
 #: A name of its own: to look it up in the enumeration takes as long as to look up a packet's decision.
@@ -28,6 +28,12 @@ _ACCEPT = Verdict.ACCEPT
 
 #: Room for a whole queue of packets on the netlink socket, in bytes; the kernel doubles it.
 _SOCKET_BYTES = 8 * 2**20
+
+
+#: How much of each packet the kernel copies: any headers that make sense. The package reads messages into 4096 bytes,
+#: and asks for copies of 4016 unless told otherwise; but what the kernel says of a packet in transit takes more than
+#: the 80 between. The package would lose the message, and so a large packet, and its place in the queue for good.
+COPY_BYTES = 2048
 
 
 class QueueError(Exception):
@@ -72,7 +78,9 @@ class PacketQueue:
             self._queue = NetfilterQueue()
             with warnings.catch_warnings():  # a smaller buffer than asked for shows in the overruns
                 warnings.simplefilter("ignore", RuntimeWarning)
-                self._queue.bind(self.number, self._handle, max_len=self._length, sock_len=_SOCKET_BYTES)
+                self._queue.bind(
+                    self.number, self._handle, max_len=self._length, range=COPY_BYTES, sock_len=_SOCKET_BYTES
+                )
         except OSError as error:
             self._queue = None
             raise QueueError(

@@ -129,3 +129,10 @@ def test_sessions_that_ended_wait_no_more():
     bench.wait(70)
     assert not bench.sessions and not bench.firewall.spi_sessions.waiting_count
     assert bench.firewall.spi_sessions.next_deadline() is None
+
+
+def test_what_an_address_sends_to_itself_has_no_partner(bench):
+    for _ in range(3):
+        bench.forward(esp(LEFT, LEFT, 7))
+        bench.wait(PAIR_PROOF_S)
+    assert (bench.session.c2s.port, bench.session.c2s.packet_count) == (7, 3)
