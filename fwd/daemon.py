@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -54,6 +55,10 @@ PACKETS_PER_TURN = 256
 
 #: Garbage is looked for after so many new objects, some 8,000 sessions' worth: that takes about 5 ms.
 GARBAGE_THRESHOLDS = (50_000, 50, 100)
+
+#: Events of SAs that are taken in one go, some 3 ms' worth, and that may wait before the thread that reads them does.
+SA_EVENTS_PER_TURN = 64
+SA_EVENTS_WAITING = 1024
 
 #: How often fwd looks whether its rules are still there, in seconds.
 GUARD_INTERVAL_S = 2.0
@@ -93,6 +98,8 @@ class Daemon:
         self._ruleset = Ruleset(plane.queue, plane.fail == "open", self._firewall.fast_path.capacity, wanted)
         self._kernel: KernelPath | None = None
         self._interfaces = InterfaceWatcher(self._interface_event)
+        self._sa_events: deque[SaEvent] = deque()
+        self._is_sa_turn_due = False
         self._vici = ViciListener(config.vici.socket, self._sa_event_from_thread)
         self._api = Api(
             self._firewall, time.monotonic, config.vici.socket, self._host, self._take_edge_counts, self._refresh
@@ -194,8 +201,25 @@ class Daemon:
         self._after_turn()
 
     def _sa_event_from_thread(self, event: SaEvent) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed already
-            self._loop.call_soon_threadsafe(self._sa_event, event)
+        """Take an event in; of a storm, the rest waits in charon."""
+        while len(self._sa_events) >= SA_EVENTS_WAITING and not self._stop.is_set():
+            time.sleep(0.01)
+        self._sa_events.append(event)
+        if not self._is_sa_turn_due:
+            self._is_sa_turn_due = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed already
+                self._loop.call_soon_threadsafe(self._take_sa_events)
+
+    def _take_sa_events(self) -> None:
+        """Let the core learn the next events, one after the other and not too many: packets wait."""
+        self._is_sa_turn_due = False  # before the look at what is there: what comes after it has a turn of its own
+        budget = SA_EVENTS_PER_TURN
+        while self._sa_events and budget and not self._firewall.is_learning:
+            self._sa_event(self._sa_events.popleft())
+            budget -= 1
+        if self._sa_events and not self._is_sa_turn_due:
+            self._is_sa_turn_due = True
+            self._loop.call_soon(self._take_sa_events)
 
     def _sa_event(self, event: SaEvent) -> None:
         if isinstance(event, SaSourceLost):

@@ -24,6 +24,9 @@ TunnelKey: TypeAlias = tuple[str, str, str, str, int]
 #: (local address, remote address, SPI in, SPI out): what tells an SA pair from every other one.
 SaKey: TypeAlias = tuple[bytes, bytes, int, int]
 
+#: (tunnel, unique id, SPI in, SPI out): the same, wherever its peers are.
+_Pair: TypeAlias = tuple[TunnelKey, int, int, int]
+
 
 @dataclass(frozen=True, slots=True)
 class ChildSa:
@@ -194,6 +197,7 @@ class SaDirectory:
     def __init__(self) -> None:
         self._known: dict[SaKey, KnownSa] = {}
         self._by_spi: dict[SpiKey, ChildSa] = {}
+        self._by_pair: dict[_Pair, KnownSa] = {}
         self._former: dict[SpiKey, FormerSa] = {}
         #: Why the IKE daemon does not answer; empty while it does.
         self.lost_reason = "not asked yet"
@@ -221,26 +225,27 @@ class SaDirectory:
         known = self._known.get(sa.key)
         return now - known.confirmed_at if known and self.lost_reason else None
 
-    def apply(self, event: SaEvent, now: float) -> list[SaChange]:
-        """Learn what charon said; what it changes, additions first so that no tunnel is ever without an SA."""
+    def apply(self, event: SaEvent, now: float) -> Iterator[SaChange | None]:
+        """Learn what charon said; gives what it changes, additions first so that no tunnel is ever without an SA.
+
+        It is learned bit by bit, as the changes are taken, because a snapshot may have very many: each is there when it
+        is given, and None stands for an SA that is as it was. The next event has to wait until all are taken.
+        """
         if not isinstance(event, SaSourceLost):
             self.answered_at = now
         match event:
             case SaEstablished(sa):
-                return self._assign(sa, now)
+                yield from self._assign(sa, now)
             case SaRekeyed(old, new):  # the old SA carries packets until it is deleted
-                return self._assign(new, now, self._find(old))
+                yield from self._assign(new, now, self._find(old))
             case SaDeleted(sa):
-                found = self._find(sa)
-                return self._remove(found, SaEnd.DELETED, now) if found else []
+                if found := self._find(sa):
+                    yield from self._remove(found, SaEnd.DELETED, now)
             case SaSnapshot(sas):
                 self.lost_reason = ""
-                return self._replace_all(sas, now)
+                yield from self._replace_all(sas, now)
             case SaSourceLost(reason):
                 self.lost_reason = reason
-                return []
-            case SaSourceAlive():
-                return []
 
     def known(self, sa: ChildSa) -> KnownSa | None:
         """What is known of an SA; None if it is gone."""
@@ -248,32 +253,31 @@ class SaDirectory:
 
     def _find(self, sa: ChildSa) -> KnownSa | None:
         """The same SA pair, maybe under the addresses that its peers had before (MOBIKE)."""
-        moved = (known for known in self._known.values() if _pair(known.sa) == _pair(sa))
-        return self._known.get(sa.key) or next(moved, None)
+        return self._known.get(sa.key) or self._by_pair.get(_pair(sa))
 
-    def _replace_all(self, sas: Iterable[ChildSa], now: float) -> list[SaChange]:
+    def _replace_all(self, sas: Iterable[ChildSa], now: float) -> Iterator[SaChange | None]:
         there = {sa.key: sa for sa in sas}
-        gone = {_pair(known.sa): known for key, known in self._known.items() if key not in there}
-        changes: list[SaChange] = []
-        for sa in there.values():
-            if sa.key in self._known:
-                changes += self._assign(sa, now)
-            elif moved := gone.pop(_pair(sa), None):
+        for key, sa in there.items():
+            moved = self._by_pair.get(_pair(sa)) if key not in self._known else None
+            if moved is not None and moved.sa.key not in there:
                 del self._known[moved.sa.key]
-                changes += self._update(moved, sa, now)
+                changes = self._update(moved, sa, now)
             else:
-                changes += self._assign(sa, now)
-        newest = {
-            known.sa.tunnel: known for known in sorted(self._known.values(), key=lambda known: known.installed_at)
-        }
-        for known in gone.values():
+                changes = self._assign(sa, now)
+            yield from changes or (None,)
+        gone = [known for key, known in self._known.items() if key not in there]
+        newest: dict[TunnelKey, KnownSa] = {known.sa.tunnel: known for known in gone}
+        for known in self._known.values() if gone else ():
+            rival = newest.get(known.sa.tunnel)
+            if rival is not None and known.installed_at >= rival.installed_at:
+                newest[known.sa.tunnel] = known
+        for known in gone:
             successor = newest[known.sa.tunnel]
             # By a rekey of which no event told; two that came up at once are a collision, and one of them had to go.
             if successor.installed_at > known.installed_at + COLLISION_S and not known.is_rekeyed:
                 known.is_rekeyed = True
-                changes.append(SaReplaced(known.sa, successor.sa))
-            changes += self._remove(known, SaEnd.VANISHED, now)
-        return changes
+                yield SaReplaced(known.sa, successor.sa)
+            yield from self._remove(known, SaEnd.VANISHED, now)
 
     def _assign(self, sa: ChildSa, now: float, replaces: KnownSa | None = None) -> list[SaChange]:
         known = self._known.get(sa.key)
@@ -281,7 +285,7 @@ class SaDirectory:
         if known is not None:
             changes += self._update(known, sa, now)
         else:
-            known = self._known[sa.key] = KnownSa(sa, now - sa.age_s, now)
+            known = self._known[sa.key] = self._by_pair[_pair(sa)] = KnownSa(sa, now - sa.age_s, now)
             self._by_spi[sa.key_in] = self._by_spi[sa.key_out] = sa
             changes.append(SaAdded(sa))
         if replaces is not None:
@@ -296,7 +300,8 @@ class SaDirectory:
         before, known.sa, known.confirmed_at = known.sa, sa, now
         if before == sa:  # but for its counts
             return []
-        self._known[sa.key] = known
+        self._forget_pair(known, before)
+        self._known[sa.key] = self._by_pair[_pair(sa)] = known
         self._forget_spis(before)
         self._by_spi[sa.key_in] = self._by_spi[sa.key_out] = sa
         return [SaUpdated(before, sa)]
@@ -307,6 +312,7 @@ class SaDirectory:
         if self._known.get(sa.key) is not known:
             return []
         del self._known[sa.key]
+        self._forget_pair(known, sa)
         self._forget_spis(sa)
         before = self._remove(known.replaces, SaEnd.REKEYED, now) if known.replaces else []
         known.replaces = None
@@ -318,12 +324,16 @@ class SaDirectory:
             del self._former[next(iter(self._former))]
         return [*before, SaRemoved(sa, end)]
 
+    def _forget_pair(self, known: KnownSa, sa: ChildSa) -> None:
+        if self._by_pair.get(_pair(sa)) is known:
+            del self._by_pair[_pair(sa)]
+
     def _forget_spis(self, sa: ChildSa) -> None:
         for spi_key in (sa.key_in, sa.key_out):
             if self._by_spi.get(spi_key) == sa:
                 del self._by_spi[spi_key]
 
 
-def _pair(sa: ChildSa) -> tuple[TunnelKey, int, int, int]:
+def _pair(sa: ChildSa) -> _Pair:
     """What tells an SA pair from every other one, wherever its peers are."""
     return (sa.tunnel, sa.uniqueid, sa.spi_in, sa.spi_out)
