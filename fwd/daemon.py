@@ -60,6 +60,9 @@ GARBAGE_THRESHOLDS = (50_000, 50, 100)
 SA_EVENTS_PER_TURN = 64
 SA_EVENTS_WAITING = 1024
 
+#: How long the thread that reads thousands of SAs may keep packets waiting before it is their turn, in seconds.
+SWITCH_S = 0.001
+
 #: How often fwd looks whether its rules are still there, in seconds.
 GUARD_INTERVAL_S = 2.0
 #: In every so many of these looks iptables' chains are included, where there are any: programs have to be run for it.
@@ -147,6 +150,7 @@ class Daemon:
             # Sessions come and live by the thousand: to look for garbage every 700 objects costs a third of the time.
             gc.freeze()
             gc.set_threshold(*GARBAGE_THRESHOLDS)
+            sys.setswitchinterval(SWITCH_S)
             log.info("fwd %s is ready: queue %d, %s", __version__, self._config.dataplane.queue, self._summary())
             systemd.notify("READY=1", f"STATUS={self._summary()}")
             self._is_ready = True

@@ -19,7 +19,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from ipaddress import ip_address
 from typing import Any
 
 from vici import Session
@@ -49,14 +48,20 @@ _AFTER_MOVE_S = 0.3
 #: And so soon after an event that cannot be read, of which there may be many.
 _AFTER_GARBAGE_S = 1.0
 #: Pauses between attempts to connect: doubled from the first to the last.
-_BACKOFF_S = (0.2, 1.0)
+_BACKOFF_S = (0.2, 0.4)
 
 #: What the registrations, and then all SAs together, may take, in seconds and bytes (some 200,000 SAs' worth): a charon
 #: that never comes to an end is as good as none.
 _LONG_ANSWER_S = 30.0
 _LONG_ANSWER_BYTES = 256 << 20
+_CHUNK_BYTES = 64 << 10
 #: How often fwd looks whether the socket is still the one that it connected to.
 _SOCKET_LOOK_S = 0.5
+
+#: The elements of a message (README.md of libcharon's vici plugin).
+_SECTION, _SECTION_END, _VALUE, _LIST, _ITEM, _LIST_END = range(1, 7)
+_NAMED = frozenset({_SECTION, _VALUE, _LIST})
+_WITH_VALUE = frozenset({_VALUE, _ITEM})
 
 _EVENT_PACKET = bytes([Packet.EVENT])
 
@@ -133,6 +138,43 @@ def _child_sa(ike_name: str, ike: Mapping[str, Any], child: Mapping[str, Any]) -
     )
 
 
+def decode(octets: bytes) -> dict[str, Any]:
+    """A VICI message: sections as dicts, values as bytes, lists of them. Raises ViciAnswerError."""
+    message: dict[str, Any] = {}
+    around: list[dict[str, Any]] = []
+    section, items = message, None
+    position, end = 0, len(octets)
+    try:
+        while position < end:
+            kind, position = octets[position], position + 1
+            if kind == _SECTION_END:
+                section = around.pop()
+                continue
+            if kind in _NAMED:
+                start = position + 1
+                position = start + octets[position]
+                name = octets[start:position].decode()
+            if kind in _WITH_VALUE:
+                start = position + 2
+                position = start + (octets[position] << 8 | octets[position + 1])
+                if kind == _VALUE:
+                    section[name] = octets[start:position]
+                elif items is not None:
+                    items.append(octets[start:position])
+            elif kind == _SECTION:
+                around.append(section)
+                section[name] = section = {}
+            elif kind == _LIST:
+                items = section[name] = []
+            elif kind != _LIST_END:
+                raise ViciAnswerError(f"a message has an element of the unknown kind {kind}")
+    except (IndexError, UnicodeDecodeError):
+        raise ViciAnswerError("a message is garbled") from None
+    if around or position != end:
+        raise ViciAnswerError("a message is cut short")
+    return message
+
+
 def _is_esp(child: Mapping[str, Any]) -> bool:
     return _text(child, "protocol", "") == "ESP"
 
@@ -173,8 +215,8 @@ def _count(section: Mapping[str, Any], key: str) -> int:
 def _address(section: Mapping[str, Any], key: str) -> bytes:
     text = _text(section, key)
     try:
-        return ip_address(text.partition("%")[0]).packed
-    except ValueError:
+        return socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text.partition("%")[0])
+    except (OSError, ValueError):
         raise ViciAnswerError(f"'{key}' is '{text[:40]}', not an IP address") from None
 
 
@@ -199,6 +241,7 @@ class _BoundedTransport(Transport):  # type: ignore[misc]  # vici has no types
         super().__init__(connection)
         #: What went wrong first; later errors only follow from it.
         self.failure = ""
+        self._received, self._taken = b"", 0
         self.bound(True)
 
     def bound(self, is_bounded: bool) -> None:
@@ -217,32 +260,54 @@ class _BoundedTransport(Transport):  # type: ignore[misc]  # vici has no types
         return packet
 
     def _recvall(self, count: int, timeout: Any = RECV_TIMEOUT_DEFAULT) -> bytes:
+        """So many bytes. What came with them is kept: one call of the kernel brings very many short messages."""
         if count > self.MAX_SEGMENT:
             raise self._fail(f"charon announced a message of {count} bytes, the protocol allows {self.MAX_SEGMENT}")
-        received = b""
         deadline = time.monotonic() + (ANSWER_S if timeout is RECV_TIMEOUT_DEFAULT else timeout)
-        while len(received) < count:
+        while len(self._received) - self._taken < count:
             self.socket.settimeout(max(0.001, deadline - time.monotonic()))
+            is_begun = self._taken < len(self._received)
             try:
-                chunk = self.socket.recv(count - len(received))
+                chunk = self.socket.recv(_CHUNK_BYTES)
             except TimeoutError:
-                if not received and timeout is not RECV_TIMEOUT_DEFAULT:
+                if not is_begun and timeout is not RECV_TIMEOUT_DEFAULT:
                     raise
                 raise self._fail(f"charon did not answer within {ANSWER_S:g} s") from None
             except OSError as error:
                 raise self._fail(str(error)) from None
             if not chunk:
                 raise self._fail("charon closed the connection")
-            if not received:
+            if not is_begun:
                 deadline = time.monotonic() + ANSWER_S
-            received += chunk
-        return received
+            self._received = self._received[self._taken :] + chunk
+            self._taken = 0
+        self._taken += count
+        return self._received[self._taken - count : self._taken]
 
     def session(self) -> Session:
         """The package's session on this connection."""
         session = Session(self.socket)
         session.transport = self
         return session
+
+    def list_sas(self) -> Iterator[dict[str, Any]]:
+        """The messages that `list-sas` is answered with. Raises ViciAnswerError or ConnectionError.
+
+        The package's own reads an answer to its end, come what may, and takes three times as long, which matters for
+        thousands of SAs.
+        """
+        self.bound(True)
+        for request, wanted in (
+            (Packet.register_event("list-sa"), Packet.EVENT_CONFIRM),
+            (Packet.request("list-sas"), Packet.CMD_RESPONSE),
+            (Packet.unregister_event("list-sa"), Packet.EVENT_CONFIRM),
+        ):
+            self.send(request)
+            while (answer := self.receive())[:1] == _EVENT_PACKET:
+                yield decode(answer[2 + answer[1] :])
+            if answer[:1] != bytes([wanted]):
+                raise self._fail(f"charon answered a request for all SAs with {answer[:40]!r}")
+        self.bound(False)
 
     def close(self) -> None:
         """Close, however often, whether or not the other side is still there."""
@@ -322,20 +387,13 @@ class ViciListener:
             raise ConnectionError(f"charon did not take the connection within {ANSWER_S:g} s") from None
 
     def _snapshot(self, asking: _BoundedTransport) -> tuple[SaSnapshot, float]:
-        """All SAs, and in how many seconds they are to be read again. Raises ViciAnswerError, or as vici does."""
+        """All SAs, and in how many seconds they are to be read again. Raises ViciAnswerError or ConnectionError."""
         sas: list[ChildSa] = []
         again_s = _RECONCILE_S
-        asking.bound(True)
-        with contextlib.closing(asking.session().list_sas()) as answers:
-            try:
-                for answer in answers:
-                    sas += parse_sas(answer)
-                    if is_leaving(answer):
-                        again_s = _AFTER_REKEY_S
-            except BaseException:
-                asking.close()  # else the generator reads to the end of the answer
-                raise
-        asking.bound(False)
+        for answer in asking.list_sas():
+            sas += parse_sas(answer)
+            if is_leaving(answer):
+                again_s = _AFTER_REKEY_S
         return SaSnapshot(tuple(sas)), again_s
 
     def _socket(self) -> tuple[int, int, int]:
