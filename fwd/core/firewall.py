@@ -928,15 +928,15 @@ class Firewall:
             self.table.index(session, flows)
         if provisional:  # an older SPI that the IKE daemon has forgotten since goes its own way
             self.fast_path.withdraw(element for element in session.elements if element.spi_key not in session.keys)
-        if provisional and session.state is State.OPENING:
-            session.last_seen_at = max(other.last_seen_at for other in provisional)
-            self._promote(session, provisional[0].ingress, provisional[0].client.zone, now)
-        elif session.state is State.CLOSING:  # authenticated anew, or restarted: the tunnel is back
+        if session.state is State.CLOSING:  # authenticated anew, or restarted: the tunnel is back
             is_waiting = session.type is SessionType.PRED
             session.move(Trigger.TUNNEL_ANNOUNCED if is_waiting else Trigger.TUNNEL_UP)
             session.end_reason = EndReason.UNKNOWN
             session.refresh_s = 0 if is_waiting else session.timeout_s
             self.ager.arm(session, session.timeout_s, now)
+        if provisional and session.state is State.OPENING:
+            session.last_seen_at = max(other.last_seen_at for other in provisional)
+            self._promote(session, provisional[0].ingress, provisional[0].client.zone, now)
         if session.state is State.ACTIVE and session.rule.action is Action.DENY:  # where it is now, it may not be
             self.counters.add("flow_policy_deny")
             self._discard(session, now)

@@ -171,7 +171,7 @@ class FakeCharon:
 
     def _reply(self, connection: socket.socket, body: bytes) -> None:
         kind, name = body[0], body[2 : 2 + body[1]]
-        if kind == REGISTER or kind == UNREGISTER:
+        if kind in (REGISTER, UNREGISTER):
             with self._lock:
                 names = self._hearing.setdefault(connection, set())
                 (names.add if kind == REGISTER else names.discard)(name)
