@@ -35,6 +35,12 @@ PAIRS_PER_PAGE = 128
 #: Sessions that one page looks at, at most: some 5 ms with a filter, in which packets wait.
 LOOKED_AT_ONCE = 4096
 
+#: Sessions that one `session.count` looks at, which is some 10 ms' worth.
+COUNTED_AT_ONCE = 8192
+
+#: SAs in one answer of `tunnel.list`: some 10 ms' worth.
+SAS_PER_PAGE = 1000
+
 #: Sessions of this host without a tunnel in an answer of `tunnel.detail`.
 STRANGERS_SHOWN = 32
 
@@ -53,8 +59,15 @@ class _Filtered(_Params):
     filter: dict[str, str] = {}
 
 
-class _Page(_Filtered):
+class _After(_Params):
     after: int = Field(default=0, ge=0)
+
+
+class _Counted(_After, _Filtered):
+    pass
+
+
+class _Page(_Counted):
     limit: int = Field(default=500, ge=1, le=1000)
 
 
@@ -67,9 +80,8 @@ class _Clear(_Params):
     filter: dict[str, str] | None = None
 
 
-class _Tunnels(_Params):
+class _Tunnels(_After):
     name: str | None = None
-    after: int = Field(default=0, ge=0)
 
 
 class _PacketParams(_Params):
@@ -119,7 +131,7 @@ class Api:
         self._refresh = refresh
         self.methods: Mapping[str, Method] = {
             "session.list": Method("read", _Page, self._session_list),
-            "session.count": Method("read", _Filtered, self._session_count),
+            "session.count": Method("read", _Counted, self._session_count),
             "session.get": Method("read", _One, self._session_get),
             "session.clear": Method("change", _Clear, self._session_clear),
             "session.info": Method("read", _Nothing, self._session_info),
@@ -127,7 +139,7 @@ class Api:
             "explain.packet": Method("read", _PacketParams, self._explain_packet),
             "event.list": Method("read", _Events, self._event_list),
             "counter.list": Method("read", _Nothing, self._counter_list),
-            "tunnel.list": Method("read", _Nothing, self._tunnel_list),
+            "tunnel.list": Method("read", _After, self._tunnel_list),
             "tunnel.detail": Method("read", _Tunnels, self._tunnel_detail),
             "system.info": Method("read", _Nothing, self._system_info),
         }
@@ -174,8 +186,12 @@ class Api:
         self._refresh(page)
         return {"sessions": [self._views.session(session) for session in page], "next": following}
 
-    def _session_count(self, params: _Filtered) -> JSON:
-        return {"count": sum(map(self._matching(params.filter), self._firewall.table))}
+    def _session_count(self, params: _Counted) -> JSON:
+        """How many of the next sessions after an id match; `next` is what to go on after, None at the end."""
+        matches = self._matching(params.filter)
+        page = list(islice(self._firewall.table.after(params.after), COUNTED_AT_ONCE))
+        following = page[-1].id if len(page) == COUNTED_AT_ONCE else None
+        return {"count": sum(map(matches, page)), "next": following}
 
     def _session_get(self, params: _One) -> JSON:
         session = self._found(params.id, self._firewall.table.find(params.id))
@@ -332,10 +348,13 @@ class Api:
             ],
         }
 
-    def _tunnel_list(self, _: _Nothing) -> JSON:
+    def _tunnel_list(self, params: _After) -> JSON:
+        """SAs in the order in which fwd came to know them; `next` is what to go on after, None at the end."""
         directory, now = self._firewall.directory, self._now()
+        wanted = (known for known in directory if known.number > params.after)
+        page = nsmallest(SAS_PER_PAGE, wanted, key=lambda known: known.number)
         tunnels = []
-        for known in directory:
+        for known in page:
             sa = known.sa
             session = self._firewall.tunnel_of(sa)
             tunnels.append(
@@ -355,7 +374,8 @@ class Api:
                     "stale_s": directory.stale_s(sa, now),
                 }
             )
-        return {"source": self._source(), "tunnels": tunnels}
+        following = page[-1].number if len(page) == SAS_PER_PAGE else None
+        return {"source": self._source(), "tunnels": tunnels, "next": following}
 
     def _source(self) -> JSON:
         directory, now = self._firewall.directory, self._now()

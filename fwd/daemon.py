@@ -219,7 +219,10 @@ class Daemon:
         self._is_sa_turn_due = False  # before the look at what is there: what comes after it has a turn of its own
         budget = SA_EVENTS_PER_TURN
         while self._sa_events and budget and not self._firewall.is_learning:
-            self._sa_event(self._sa_events.popleft())
+            try:
+                self._sa_event(self._sa_events.popleft())
+            except Exception:
+                log.exception("an event of SAs met a defect of fwd; all SAs are read again soon")
             budget -= 1
         if self._sa_events and not self._is_sa_turn_due:
             self._is_sa_turn_due = True

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import count
 from typing import NamedTuple, TypeAlias
 
 from .constants import COLLISION_S, FORMER_SPIS_KEPT
@@ -173,9 +174,11 @@ SaChange: TypeAlias = SaAdded | SaUpdated | SaReplaced | SaRemoved
 class KnownSa:
     """A CHILD_SA, when it was installed, and when the IKE daemon last spoke of it (monotonic seconds).
 
-    `replaces` is the one that it took over from, `is_rekeyed` says that another one has taken over from it.
+    `replaces` is the one that it took over from, `is_rekeyed` says that another one has taken over from it. `number`
+    counts the SAs that the directory came to know.
     """
 
+    number: int
     sa: ChildSa
     installed_at: float
     confirmed_at: float
@@ -199,6 +202,7 @@ class SaDirectory:
         self._by_spi: dict[SpiKey, ChildSa] = {}
         self._by_pair: dict[_Pair, KnownSa] = {}
         self._former: dict[SpiKey, FormerSa] = {}
+        self._numbers = count(1)
         #: Why the IKE daemon does not answer; empty while it does.
         self.lost_reason = "not asked yet"
         #: When it last said anything, in monotonic seconds; None if it never did.
@@ -285,7 +289,9 @@ class SaDirectory:
         if known is not None:
             changes += self._update(known, sa, now)
         else:
-            known = self._known[sa.key] = self._by_pair[_pair(sa)] = KnownSa(sa, now - sa.age_s, now)
+            known = self._known[sa.key] = self._by_pair[_pair(sa)] = KnownSa(
+                next(self._numbers), sa, now - sa.age_s, now
+            )
             self._by_spi[sa.key_in] = self._by_spi[sa.key_out] = sa
             changes.append(SaAdded(sa))
         if replaces is not None:
@@ -307,22 +313,26 @@ class SaDirectory:
         return [SaUpdated(before, sa)]
 
     def _remove(self, known: KnownSa, end: SaEnd, now: float) -> list[SaChange]:
-        """Forget an SA, and the one that it replaced: charon does not tell when a rekeyed SA goes."""
-        sa = known.sa
-        if self._known.get(sa.key) is not known:
-            return []
-        del self._known[sa.key]
-        self._forget_pair(known, sa)
-        self._forget_spis(sa)
-        before = self._remove(known.replaces, SaEnd.REKEYED, now) if known.replaces else []
-        known.replaces = None
-        end = SaEnd.REKEYED if known.is_rekeyed else end
-        for spi_key in (sa.key_in, sa.key_out):
-            self._former.pop(spi_key, None)
-            self._former[spi_key] = FormerSa(sa, end, now)
+        """Forget an SA, and those that it replaced: charon does not tell when a rekeyed SA goes."""
+        line: list[KnownSa] = []
+        following: KnownSa | None = known
+        while following is not None and self._known.get(following.sa.key) is following:
+            line.append(following)
+            following = following.replaces
+            line[-1].replaces = None
+        changes: list[SaChange] = []
+        for gone in reversed(line):
+            sa, why = gone.sa, SaEnd.REKEYED if gone is not known or gone.is_rekeyed else end
+            del self._known[sa.key]
+            self._forget_pair(gone, sa)
+            self._forget_spis(sa)
+            for spi_key in (sa.key_in, sa.key_out):
+                self._former.pop(spi_key, None)
+                self._former[spi_key] = FormerSa(sa, why, now)
+            changes.append(SaRemoved(sa, why))
         while len(self._former) > FORMER_SPIS_KEPT:
             del self._former[next(iter(self._former))]
-        return [*before, SaRemoved(sa, end)]
+        return changes
 
     def _forget_pair(self, known: KnownSa, sa: ChildSa) -> None:
         if self._by_pair.get(_pair(sa)) is known:

@@ -1,23 +1,27 @@
 """The control socket: JSON-RPC 2.0 over a unix socket, one request a line, one answer a line.
 
 Size, time and number of clients are bounded, and a client has one request at a time: one that sends garbage,
-sends slowly or does not read costs a bounded piece of memory, and no packet its verdict. Who may do what is
-decided by the peer's credentials (SO_PEERCRED, unix(7)), not by the file mode, so that one who may not hears why.
-One who may not even read hears it at once, and takes nobody's place.
+sends slowly or does not read costs a bounded piece of memory, and no packet its verdict. All clients together have one
+answer at a time, after which packets have as long: a flood of requests takes half of the daemon at most.
+
+Who may do what is decided by the peer's credentials (SO_PEERCRED, SO_PEERGROUPS, unix(7)), not by the file mode, so
+that one who may not hears why. These are what the process had when it connected; no user database is asked, which may
+be far away and slow. One who may not even read hears it at once, and takes nobody's place.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import grp
 import json
 import logging
 import os
-import pwd
 import socket
 import stat
 import struct
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,10 +42,15 @@ from ..rpc import (
 
 log = logging.getLogger(__name__)
 
+#: asm-generic/socket.h; Python has no name for it.
+_SO_PEERGROUPS = 59
+
 #: Clients at a time: in all, how many of these places only root can have, and how many any other user.
 MAX_CLIENTS = 32
 KEPT_FOR_ROOT = 4
 MAX_CLIENTS_OF_USER = 8
+#: Clients that may wait to be taken in, which is also how many are taken in before packets have their turn.
+BACKLOG = 16
 #: How long a client may be silent, and how long it may take to read an answer, in seconds.
 IDLE_S = 60.0
 READ_S = 10.0
@@ -53,10 +62,10 @@ class ControlError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Who is at the other end: user and the names of all groups."""
+    """Who is at the other end: user and all groups, by number."""
 
     uid: int
-    groups: frozenset[str]
+    gids: frozenset[int]
 
     @property
     def is_owner(self) -> bool:
@@ -64,21 +73,24 @@ class Peer:
         return self.uid in (0, os.geteuid())
 
 
-@dataclass(slots=True)
 class Access:
-    """Who has which right. root and the daemon's own user have all."""
+    """Who has which right, by the names of groups. root and the daemon's own user have all.
 
-    read_groups: Sequence[str]
-    change_groups: Sequence[str]
+    What numbers the groups have is asked once, here.
+    """
+
+    def __init__(self, read_groups: Sequence[str], change_groups: Sequence[str]) -> None:
+        self._allowed = {"read": [*change_groups, *read_groups], "change": [*change_groups]}
+        self._gids = {name: _gid_of(name) for name in self._allowed["read"]}
 
     def missing_groups(self) -> list[str]:
         """The groups named that this host does not have."""
-        return [name for name in dict.fromkeys([*self.read_groups, *self.change_groups]) if not _is_group(name)]
+        return [name for name, gid in self._gids.items() if gid is None]
 
     def check(self, peer: Peer, right: str) -> None:
         """Raises RpcError FORBIDDEN if the peer has not the right, `read` or `change`."""
-        allowed = [*self.change_groups, *(self.read_groups if right == "read" else ())]
-        if not peer.is_owner and not peer.groups.intersection(allowed):
+        allowed = self._allowed[right]
+        if not peer.is_owner and not any(self._gids[name] in peer.gids for name in allowed):
             groups = f" and members of group {' or '.join(allowed)}" if allowed else ""
             raise RpcError(
                 FORBIDDEN,
@@ -109,16 +121,19 @@ class ControlServer:
         self._server: asyncio.Server | None = None
         self._clients: set[asyncio.Task[None]] = set()
         self._places: Counter[int] = Counter()
+        self._turn = asyncio.Lock()
         self._inode = 0
 
     async def open(self) -> None:
         """Take the path, without an answer to anybody yet. Replaces what a dead daemon left. Raises ControlError."""
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            with _umask(0o022):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+            _refuse_strangers(self._path.parent)
             self._clear_way()
-            listener.bind(str(self._path))
-            os.chmod(self._path, 0o666)
+            with _umask(0o111):  # it has its mode from the first instant; a chmod could be led elsewhere by a link
+                listener.bind(str(self._path))
             self._inode = os.lstat(self._path).st_ino
         except ControlError:
             listener.close()
@@ -129,7 +144,7 @@ class ControlServer:
                 f"cannot listen on {self._path} ({error.strerror or error}): [control] socket chooses another path"
             ) from None
         self._server = await asyncio.start_unix_server(
-            self._accept, sock=listener, limit=MAX_REQUEST_BYTES, start_serving=False
+            self._accept, sock=listener, limit=MAX_REQUEST_BYTES, backlog=BACKLOG, start_serving=False
         )
 
     async def start(self) -> None:
@@ -193,7 +208,8 @@ class ControlServer:
                 await self._converse(reader, writer, peer)
         except RpcError as error:
             self.refused += 1
-            await _send(writer, _error(None, error.code, error.message))
+            writer.write(_error(None, error.code, error.message))
+            await _drain(writer)
 
     @contextlib.contextmanager
     def _place(self, peer: Peer) -> Iterator[None]:
@@ -220,9 +236,13 @@ class ControlServer:
                     raise RpcError(INVALID_REQUEST, f"a request has {MAX_REQUEST_BYTES} bytes at most") from None
             if not line:
                 return
-            answer = self._answer(line, peer)
-            if answer is not None:
-                await _send(writer, answer)
+            async with self._turn:
+                begun = time.monotonic()
+                answer = self._answer(line, peer)
+                if answer is not None:
+                    writer.write(answer)
+                await asyncio.sleep(time.monotonic() - begun)
+            await _drain(writer)
 
     def _answer(self, line: bytes, peer: Peer) -> bytes | None:
         """The answer to one line; None to a notification, which has no id and wants none."""
@@ -270,8 +290,8 @@ def _parse(line: bytes) -> dict[str, Any]:
     return request
 
 
-async def _send(writer: asyncio.StreamWriter, line: bytes) -> None:
-    writer.write(line)
+async def _drain(writer: asyncio.StreamWriter) -> None:
+    """Wait until the peer has read what was written, but for what the kernel holds."""
     async with asyncio.timeout(READ_S):
         await writer.drain()
 
@@ -288,23 +308,46 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-def _is_group(name: str) -> bool:
+def _gid_of(group: str) -> int | None:
     try:
-        grp.getgrnam(name)
+        return grp.getgrnam(group).gr_gid
     except KeyError:
-        return False
-    return True
+        return None
 
 
 def _peer_of(connection: socket.socket) -> Peer:
-    """Who connected, as the kernel knows: struct ucred (unix(7)) and the user's groups by name."""
+    """Who connected, as the kernel knows: struct ucred (unix(7)), and the supplementary groups (since Linux 4.13)."""
     _, uid, gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    for room in (256, 65536):  # NGROUPS_MAX
+        try:
+            octets = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * room)
+            return Peer(uid, frozenset((gid, *struct.unpack(f"{len(octets) // 4}I", octets))))
+        except OSError as error:
+            if error.errno != errno.ERANGE:
+                break
+    return Peer(uid, frozenset((gid,)))
+
+
+def _refuse_strangers(folder: Path) -> None:
+    """Whoever may change a folder on the way to the socket may put another one in its place. Raises ControlError."""
+    for way in (folder.absolute(), folder.resolve()):
+        for step in (way, *way.parents):
+            found = os.stat(step)
+            is_strangers = found.st_uid not in (0, os.geteuid())
+            is_open = found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX
+            if is_strangers or is_open:
+                whose = f"uid {found.st_uid}" if is_strangers else "others"
+                raise ControlError(
+                    f"{step} can be changed by {whose}, who could put another socket in the place of fwd's: take that"
+                    " right away, or choose another [control] socket"
+                )
+
+
+@contextlib.contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    """For what is made meanwhile, whatever the daemon was started with."""
+    before = os.umask(mask)
     try:
-        gids = os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)
-    except KeyError:
-        gids = [gid]
-    names = set()
-    for member in gids:
-        with contextlib.suppress(KeyError):
-            names.add(grp.getgrgid(member).gr_name)
-    return Peer(uid, frozenset(names))
+        yield
+    finally:
+        os.umask(before)
