@@ -173,7 +173,7 @@ def test_counts_and_tunnels_and_info(api, bench):
 
 
 def test_long_counts_and_lists_come_in_pages(api, bench, monkeypatch):
-    monkeypatch.setattr(api_module, "COUNTED_AT_ONCE", 2)
+    monkeypatch.setattr(api_module, "LOOKED_AT_ONCE", 2)
     monkeypatch.setattr(api_module, "SAS_PER_PAGE", 2)
     counts, after = [], 0
     while after is not None:

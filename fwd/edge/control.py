@@ -49,11 +49,15 @@ _SO_PEERGROUPS = 59
 MAX_CLIENTS = 32
 KEPT_FOR_ROOT = 4
 MAX_CLIENTS_OF_USER = 8
-#: Clients that may wait to be taken in, which is also how many are taken in before packets have their turn.
-BACKLOG = 16
+#: Clients that may wait to be taken in, and how long they wait if there is no file descriptor for them, in seconds.
+BACKLOG = 64
+ACCEPT_RETRY_S = 1.0
 #: How long a client may be silent, and how long it may take to read an answer, in seconds.
 IDLE_S = 60.0
 READ_S = 10.0
+#: How much of a request that is too long is read, in chunks of MAX_REQUEST_BYTES, and for how long.
+DISCARD_CHUNKS = 16
+DISCARD_S = 0.2
 
 
 class ControlError(Exception):
@@ -102,7 +106,8 @@ class Access:
 class ControlServer:
     """The daemon's end. `dispatch(method, params)` answers or raises RpcError; it must be quick.
 
-    `rights` maps each method to the right it needs.
+    `rights` maps each method to the right it needs. It works on bare sockets, because asyncio's transports leave
+    garbage in circles, and to find that of 10,000 connections takes a tenth of a second, in which packets would wait.
     """
 
     def __init__(
@@ -118,15 +123,16 @@ class ControlServer:
         self.access = access
         self.requests = 0
         self.refused = 0
-        self._server: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
+        self._accepting: asyncio.Task[None] | None = None
         self._clients: set[asyncio.Task[None]] = set()
         self._places: Counter[int] = Counter()
         self._turn = asyncio.Lock()
         self._inode = 0
 
-    async def open(self) -> None:
+    def open(self) -> None:
         """Take the path, without an answer to anybody yet. Replaces what a dead daemon left. Raises ControlError."""
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             with _umask(0o022):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,25 +149,25 @@ class ControlServer:
             raise ControlError(
                 f"cannot listen on {self._path} ({error.strerror or error}): [control] socket chooses another path"
             ) from None
-        self._server = await asyncio.start_unix_server(
-            self._accept, sock=listener, limit=MAX_REQUEST_BYTES, backlog=BACKLOG, start_serving=False
-        )
+        self._listener = listener
 
-    async def start(self) -> None:
+    def start(self) -> None:
         """Answer. Until then a client is told that no daemon is there. Raises ControlError."""
-        if self._server is None:
-            await self.open()
-        assert self._server is not None
-        await self._server.start_serving()
+        if self._listener is None:
+            self.open()
+        assert self._listener is not None
+        self._listener.listen(BACKLOG)
+        self._accepting = asyncio.create_task(self._accept(self._listener))
 
     async def stop(self) -> None:
         """Hang up on everybody and take the socket away, if it is still ours."""
-        if self._server is None:
+        if self._listener is None:
             return
-        self._server.close()
-        for client in self._clients:
-            client.cancel()
-        await asyncio.gather(*self._clients, return_exceptions=True)
+        tasks = [*self._clients, *filter(None, [self._accepting])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._listener.close()
         with contextlib.suppress(FileNotFoundError):
             if os.lstat(self._path).st_ino == self._inode:
                 self._path.unlink()
@@ -182,34 +188,32 @@ class ControlServer:
                 return
         raise ControlError(f"another fwd answers on {self._path}: stop it, or choose another [control] socket")
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._clients.add(task)
-        try:
-            # A peer that hangs up, is too slow or silent for too long ends its own connection, nothing else.
-            with contextlib.suppress(OSError, TimeoutError, asyncio.CancelledError):
-                await self._serve(reader, writer)
-        finally:
-            if writer.transport.get_write_buffer_size():
-                writer.transport.abort()  # a close would wait for a reader that does not read
-            else:
-                writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()  # a client is counted as long as its socket is open
-            self._clients.discard(task)
+    async def _accept(self, listener: socket.socket) -> None:
+        """Take clients in, one in each turn of the loop: packets have theirs, too."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(listener)
+            except OSError as error:  # a client that is gone already, or no file descriptor left
+                log.warning("the control socket cannot take a client in: %s", error.strerror or error)
+                await asyncio.sleep(ACCEPT_RETRY_S)
+                continue
+            client = loop.create_task(self._attend(connection))
+            self._clients.add(client)
+            client.add_done_callback(self._clients.discard)
+            await asyncio.sleep(0)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.transport.set_write_buffer_limits(high=0)
-        peer = _peer_of(writer.get_extra_info("socket"))
-        try:
-            self.access.check(peer, "read")
-            with self._place(peer):
-                await self._converse(reader, writer, peer)
-        except RpcError as error:
-            self.refused += 1
-            writer.write(_error(None, error.code, error.message))
-            await _drain(writer)
+    async def _attend(self, connection: socket.socket) -> None:
+        # A peer that hangs up, is too slow or silent for too long ends its own connection, nothing else.
+        with connection, contextlib.suppress(OSError, TimeoutError, asyncio.CancelledError):
+            peer = _peer_of(connection)
+            try:
+                self.access.check(peer, "read")
+                with self._place(peer):
+                    await self._converse(connection, peer)
+            except RpcError as error:
+                self.refused += 1
+                await _send(connection, _error(None, error.code, error.message))
 
     @contextlib.contextmanager
     def _place(self, peer: Peer) -> Iterator[None]:
@@ -226,23 +230,16 @@ class ControlServer:
             if not self._places[peer.uid]:
                 del self._places[peer.uid]
 
-    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: Peer) -> None:
+    async def _converse(self, connection: socket.socket, peer: Peer) -> None:
         """Answer requests until the client hangs up, or has to be hung up on."""
-        while True:
-            async with asyncio.timeout(IDLE_S):
-                try:
-                    line = await reader.readline()
-                except ValueError:
-                    raise RpcError(INVALID_REQUEST, f"a request has {MAX_REQUEST_BYTES} bytes at most") from None
-            if not line:
-                return
+        received = bytearray()
+        while line := await _line(connection, received):
             async with self._turn:
                 begun = time.monotonic()
                 answer = self._answer(line, peer)
-                if answer is not None:
-                    writer.write(answer)
                 await asyncio.sleep(time.monotonic() - begun)
-            await _drain(writer)
+            if answer is not None:
+                await _send(connection, answer)
 
     def _answer(self, line: bytes, peer: Peer) -> bytes | None:
         """The answer to one line; None to a notification, which has no id and wants none."""
@@ -290,10 +287,45 @@ def _parse(line: bytes) -> dict[str, Any]:
     return request
 
 
-async def _drain(writer: asyncio.StreamWriter) -> None:
-    """Wait until the peer has read what was written, but for what the kernel holds."""
+async def _line(connection: socket.socket, received: bytearray) -> bytes:
+    """The next line, from what was received or is; what a peer that hung up left is one, too, maybe an empty one.
+
+    Raises RpcError INVALID_REQUEST if it is too long, TimeoutError if it does not come.
+    """
+    loop = asyncio.get_running_loop()
+    looked_at = 0
+    async with asyncio.timeout(IDLE_S):
+        while (end := received.find(b"\n", looked_at)) < 0 and len(received) < MAX_REQUEST_BYTES:
+            looked_at = len(received)
+            chunk = await loop.sock_recv(connection, MAX_REQUEST_BYTES)
+            if not chunk:
+                end = len(received) - 1
+                break
+            received += chunk
+    if (end < 0 and received) or end >= MAX_REQUEST_BYTES:
+        await _discard(connection)
+        raise RpcError(INVALID_REQUEST, f"a request has {MAX_REQUEST_BYTES} bytes at most")
+    line = bytes(received[: end + 1])
+    del received[: end + 1]
+    return line
+
+
+async def _discard(connection: socket.socket) -> None:
+    """Read the rest of a line that is too long, some of it: a peer that still writes would miss what it is told."""
+    loop = asyncio.get_running_loop()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_S):
+            for _ in range(DISCARD_CHUNKS):
+                chunk = await loop.sock_recv(connection, MAX_REQUEST_BYTES)
+                if not chunk or chunk.endswith(b"\n"):
+                    break
+                await asyncio.sleep(0)
+
+
+async def _send(connection: socket.socket, line: bytes) -> None:
+    """Returns when the peer has read it, but for what the kernel holds. Raises TimeoutError or OSError."""
     async with asyncio.timeout(READ_S):
-        await writer.drain()
+        await asyncio.get_running_loop().sock_sendall(connection, line)
 
 
 def _encode(message: Mapping[str, Any]) -> bytes:
