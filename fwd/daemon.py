@@ -129,7 +129,7 @@ class Daemon:
             fd = self._queue.open()  # before all else: it fails if another fwd has the queue, whose rules must stay
             self._ruleset.refuse_anothers()
             stack.push_async_callback(self._control.stop)
-            self._control.open()
+            await self._control.open()
             watcher = asyncio.create_task(self._interfaces.run())
             stack.callback(watcher.cancel)
             await self._wait_for_interfaces()
@@ -144,7 +144,7 @@ class Daemon:
             self._vici.start()
             stack.callback(asyncio.create_task(self._guard_rules()).cancel)
             self._run_timer()
-            self._control.start()  # late: who gets an answer may count on all the rest
+            await self._control.start()  # late: who gets an answer may count on all the rest
             if (interval := systemd.watchdog_interval_s()) is not None:
                 stack.callback(asyncio.create_task(self._feed_watchdog(interval)).cancel)
             # Sessions come and live by the thousand: to look for garbage every 700 objects costs a third of the time.

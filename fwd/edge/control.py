@@ -130,7 +130,7 @@ class ControlServer:
         self._turn = asyncio.Lock()
         self._inode = 0
 
-    def open(self) -> None:
+    async def open(self) -> None:
         """Take the path, without an answer to anybody yet. Replaces what a dead daemon left. Raises ControlError."""
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
@@ -151,10 +151,10 @@ class ControlServer:
             ) from None
         self._listener = listener
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Answer. Until then a client is told that no daemon is there. Raises ControlError."""
         if self._listener is None:
-            self.open()
+            await self.open()
         assert self._listener is not None
         self._listener.listen(BACKLOG)
         self._accepting = asyncio.create_task(self._accept(self._listener))

@@ -34,7 +34,7 @@ def serve(tmp_path, work, **access):
 
     async def main():
         server = ControlServer(tmp_path / "c.sock", dispatch, RIGHTS, Access(access.get("read", []), []))
-        server.start()
+        await server.start()
         try:
             return await asyncio.wait_for(work(tmp_path / "c.sock", server), 30)
         finally:
@@ -249,7 +249,7 @@ def test_a_dead_daemons_socket_is_replaced_and_a_live_ones_is_not(tmp_path):
 
     async def work(path, server):
         with pytest.raises(ControlError, match="another fwd answers"):
-            ControlServer(path, dispatch, RIGHTS, Access([], [])).start()
+            await ControlServer(path, dispatch, RIGHTS, Access([], [])).start()
         return await ask(path, request("echo"))
 
     assert serve(tmp_path, work)[0]["result"] == {}
