@@ -980,6 +980,7 @@ class Firewall:
         `turned`: what is c2s there is s2c here.
         """
         self.table.remove(provisional)
+        self._health.forget(provisional)
         self.gate.leave(provisional)
         flows = [session.flow((element.flow is provisional.c2s) != turned) for element in provisional.elements]
         for is_c2s in (True, False):
@@ -1120,7 +1121,8 @@ class Firewall:
     def _zones_changed(self) -> None:
         """What was decided for an interface that lies in another zone now is to be decided anew."""
         before, self._zone_of_index = self._zone_of_index, {}
-        moved = {index for index, zone in before.items() if self._zone(index) != zone}
+        there = self.interfaces.indices
+        moved = {index for index, zone in before.items() if index not in there or self._zone(index) != zone}
         if moved:
             self.fast_path.retire(element for element in self.fast_path if moved.intersection(element.key[:2]))
 
