@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import grp
 import json
@@ -42,8 +43,9 @@ from ..rpc import (
 
 log = logging.getLogger(__name__)
 
-#: asm-generic/socket.h; Python has no name for it.
+#: asm-generic/socket.h, since Linux 4.13; Python has no name for it, and takes 1,024 bytes from any socket option.
 _SO_PEERGROUPS = 59
+_PYTHONS_LIMIT = 1024
 
 #: Clients at a time: in all, how many of these places only root can have, and how many any other user.
 MAX_CLIENTS = 32
@@ -348,16 +350,25 @@ def _gid_of(group: str) -> int | None:
 
 
 def _peer_of(connection: socket.socket) -> Peer:
-    """Who connected, as the kernel knows: struct ucred (unix(7)), and the supplementary groups (since Linux 4.13)."""
+    """Who connected, as the kernel knows: struct ucred, and the supplementary groups. Raises OSError (unix(7))."""
     _, uid, gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    for room in (256, 65536):  # NGROUPS_MAX
-        try:
-            octets = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * room)
-            return Peer(uid, frozenset((gid, *struct.unpack(f"{len(octets) // 4}I", octets))))
-        except OSError as error:
-            if error.errno != errno.ERANGE:
-                break
-    return Peer(uid, frozenset((gid,)))
+    try:
+        octets = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _PYTHONS_LIMIT)
+    except OSError as error:
+        if error.errno != errno.ERANGE:
+            raise
+        octets = _many_groups(connection)
+    return Peer(uid, frozenset((gid, *struct.unpack(f"{len(octets) // 4}I", octets))))
+
+
+def _many_groups(connection: socket.socket) -> bytes:
+    """SO_PEERGROUPS of one who is in more groups than Python's own getsockopt has room for."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    room = ctypes.create_string_buffer(4 * 65536)  # NGROUPS_MAX
+    length = ctypes.c_uint(len(room))
+    if libc.getsockopt(connection.fileno(), socket.SOL_SOCKET, _SO_PEERGROUPS, room, ctypes.byref(length)):
+        raise OSError(ctypes.get_errno(), "SO_PEERGROUPS")
+    return room.raw[: length.value]
 
 
 def _refuse_strangers(folder: Path) -> None:

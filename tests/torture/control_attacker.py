@@ -61,11 +61,18 @@ def knock():
     connect().close()
 
 
+def read_all(connection):
+    try:
+        for line in connection.makefile("rb"):
+            note(line)
+    except OSError:
+        pass  # it is over
+
+
 def pipeline():
     """Ask for all that takes time, very much at once, and read what comes."""
     with connect() as connection:
-        reader = threading.Thread(target=lambda: [note(line) for line in connection.makefile("rb")], daemon=True)
-        reader.start()
+        threading.Thread(target=read_all, args=(connection,), daemon=True).start()
         while time.monotonic() < END:
             connection.sendall(b"".join(COSTLY) * 8)
 

@@ -151,7 +151,7 @@ def test_after_an_hour_of_churn_nothing_has_grown(transit_ports, monkeypatch):
     monkeypatch.setattr(sa_module, "FORMER_SPIS_KEPT", in_full(4096, 256))
     monkeypatch.setattr(api_module, "EVENTS_KEPT", in_full(4096, 512))
     churn = Churn(transit_ports=transit_ports, unknown_spi=UnknownSpi.GENERIC)
-    minutes = in_full(60, 6)
+    minutes = in_full(60, 5)
     marks = {60 * minutes // 2, 60 * minutes}
     counted = {}
     for second in range(1, 60 * minutes + 1):
