@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
@@ -68,6 +69,13 @@ UNDECIDED_TRIES = 20
 #: After the state file could not be written, the next try comes so much later, in seconds.
 SAVE_RETRY_S = 5.0
 
+#: Events of SAs that are taken in one go, some 3 ms' worth, and that may wait before the thread that reads them does.
+SA_EVENTS_PER_TURN = 64
+SA_EVENTS_WAITING = 1024
+
+#: How long the thread that reads thousands of SAs may keep packets waiting before it is their turn, in seconds.
+SWITCH_S = 0.001
+
 #: How often fwd looks whether its rules are still there, in seconds.
 GUARD_INTERVAL_S = 2.0
 #: In every so many of these looks iptables' chains are included, where there are any: programs have to be run for it.
@@ -110,6 +118,8 @@ class Daemon:
         self._no_save_before = 0.0
         self._counted_before = dict.fromkeys(_EDGE_COUNTERS, 0)
         self._interfaces = InterfaceWatcher(self._interface_event)
+        self._sa_events: deque[SaEvent] = deque()
+        self._is_sa_turn_due = False
         self._vici = ViciListener(config.vici.socket, self._sa_event_from_thread)
         self._api = Api(
             self._firewall,
@@ -163,6 +173,7 @@ class Daemon:
             # Sessions come and live by the thousand: to look for garbage every 700 objects costs a third of the time.
             gc.freeze()
             gc.set_threshold(*GARBAGE_THRESHOLDS)
+            sys.setswitchinterval(SWITCH_S)
             log.info("fwd %s is ready: queue %d, %s", __version__, self._config.dataplane.queue, self._summary())
             systemd.notify("READY=1", f"STATUS={self._summary()}")
             self._is_ready = True
@@ -280,8 +291,28 @@ class Daemon:
         self._after_turn()
 
     def _sa_event_from_thread(self, event: SaEvent) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed already
-            self._loop.call_soon_threadsafe(self._sa_event, event)
+        """Take an event in; of a storm, the rest waits in charon."""
+        while len(self._sa_events) >= SA_EVENTS_WAITING and not self._stop.is_set():
+            time.sleep(0.01)
+        self._sa_events.append(event)
+        if not self._is_sa_turn_due:
+            self._is_sa_turn_due = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed already
+                self._loop.call_soon_threadsafe(self._take_sa_events)
+
+    def _take_sa_events(self) -> None:
+        """Let the core learn the next events, one after the other and not too many: packets wait."""
+        self._is_sa_turn_due = False  # before the look at what is there: what comes after it has a turn of its own
+        budget = SA_EVENTS_PER_TURN
+        while self._sa_events and budget and not self._firewall.is_learning:
+            try:
+                self._sa_event(self._sa_events.popleft())
+            except Exception:
+                log.exception("an event of SAs met a defect of fwd; all SAs are read again soon")
+            budget -= 1
+        if self._sa_events and not self._is_sa_turn_due:
+            self._is_sa_turn_due = True
+            self._loop.call_soon(self._take_sa_events)
 
     def _sa_event(self, event: SaEvent) -> None:
         if isinstance(event, SaSourceLost):

@@ -159,7 +159,7 @@ def test_clearing_says_how_many(api):
 
 
 def test_counts_and_tunnels_and_info(api, bench):
-    assert api.dispatch("session.count", {"filter": {"state": "active"}}) == {"count": 3}
+    assert api.dispatch("session.count", {"filter": {"state": "active"}}) == {"count": 3, "next": None}
     info = api.dispatch("session.info", {})
     assert (info["sessions_allocated"], info["discard"], info["active"]["ike"]) == (4, 1, 1)
     bench.sas(SaSourceLost("away"))
@@ -171,6 +171,22 @@ def test_counts_and_tunnels_and_info(api, bench):
     counters = {counter["name"]: counter["value"] for counter in api.dispatch("counter.list", {})["counters"]}
     assert counters["pkt_recv"] == counters["pkt_session"] == 4
     assert api.dispatch("system.info", {}) == {"hostname": "here"}
+
+
+def test_long_counts_and_lists_come_in_pages(api, bench, monkeypatch):
+    monkeypatch.setattr(api_module, "LOOKED_AT_ONCE", 2)
+    monkeypatch.setattr(api_module, "SAS_PER_PAGE", 2)
+    counts, after = [], 0
+    while after is not None:
+        page = api.dispatch("session.count", {"after": after})
+        counts, after = [*counts, page["count"]], page["next"]
+    assert counts == [2, 2, 0]
+    bench.sas(SaSnapshot(tuple(child_sa(n, n + 100, reqid=n) for n in (9, 3, 7, 5))))
+    bench.sas(SaDeleted(child_sa(9, 109, reqid=9)))
+    first = api.dispatch("tunnel.list", {})
+    second = api.dispatch("tunnel.list", {"after": first["next"]})
+    assert [[t["spi_in"] for t in page["tunnels"]] for page in (first, second)] == [[3, 7], [5]]
+    assert second["next"] is None and second["source"]["connected"]
 
 
 def test_an_answer_to_a_probe_is_an_answer(api, bench):

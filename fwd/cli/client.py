@@ -40,9 +40,7 @@ class Client:
         request = {"jsonrpc": "2.0", "id": self._id, "method": method, "params": params}
         try:
             if self._connection is None:
-                self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                self._connection.settimeout(TIMEOUT_S)
-                self._connection.connect(self._path)
+                self._connection = self._connect()
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a fwd that hangs up says why first
                 self._connection.sendall(json.dumps(request).encode() + b"\n")
             answer = json.loads(self._line())
@@ -75,15 +73,28 @@ class Client:
             yield from page["sessions"]
             after = page["next"]
 
+    def session_count(self, words: Mapping[str, str]) -> dict[str, Any]:
+        """How many sessions match the filter."""
+        return self._whole("session.count", filter=dict(words))
+
+    def sas(self) -> dict[str, Any]:
+        """What `tunnel.list` says of all SAs."""
+        return self._whole("tunnel.list")
+
     def tunnels(self, name: str | None) -> dict[str, Any]:
-        """What `tunnel.detail` says of all tunnels, or of those of that name, its pages put together."""
-        answer: dict[str, Any] = self.call("tunnel.detail", name=name)
+        """What `tunnel.detail` says of all tunnels, or of those of that name."""
+        return self._whole("tunnel.detail", name=name)
+
+    def _whole(self, method: str, **params: Any) -> dict[str, Any]:
+        """An answer whose pages are put together: what they list, and how many they count."""
+        answer: dict[str, Any] = self.call(method, **params)
         after = answer.pop("next")
         while after is not None:
-            page = self.call("tunnel.detail", name=name, after=after)
-            answer["tunnels"] += page["tunnels"]
-            answer["strangers"] += page["strangers"]
-            after = page["next"]
+            page = self.call(method, **params, after=after)
+            after = page.pop("next")
+            for key, value in page.items():
+                if isinstance(value, list) or key == "count":
+                    answer[key] += value
         return answer
 
     def events(self, words: Mapping[str, str]) -> Iterator[dict[str, Any]]:
@@ -97,6 +108,24 @@ class Client:
             if page["next"] == after:
                 time.sleep(_POLL_S)
             after = page["next"]
+
+    def _connect(self) -> socket.socket:
+        """Connect; while others stand in line before fwd, wait for a place in it."""
+        deadline = time.monotonic() + TIMEOUT_S
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.settimeout(TIMEOUT_S)
+        while True:
+            try:
+                connection.connect(self._path)
+                return connection
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    connection.close()
+                    raise
+                time.sleep(0.01)
+            except BaseException:
+                connection.close()
+                raise
 
     def close(self) -> None:
         """Hang up."""

@@ -150,9 +150,7 @@ def show_session_all(asked: _Asked, words: tuple[str, ...]) -> None:
     if count not in ("yes", "no"):
         raise click.UsageError(f"count: found '{count}', want yes or no")
     if count == "yes":
-        asked.show(
-            asked.client.call("session.count", filter=chosen), lambda answer: render.session_count(answer["count"])
-        )
+        asked.show(asked.client.session_count(chosen), lambda answer: render.session_count(answer["count"]))
     elif asked.as_json:
         click.echo(json.dumps({"sessions": list(asked.client.sessions(chosen))}, indent=2))
     else:
@@ -209,7 +207,7 @@ def show_tunnel(context: click.Context) -> None:
     if context.invoked_subcommand is None:
         asked = context.find_object(_Asked)
         assert asked is not None
-        asked.show(asked.client.call("tunnel.list"), lambda answer: render.tunnels(answer, _width()))
+        asked.show(asked.client.sas(), lambda answer: render.tunnels(answer, _width()))
 
 
 @show_tunnel.command("detail")

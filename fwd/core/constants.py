@@ -133,3 +133,8 @@ CLEAR_ELEMENTS: Final = 1024
 
 #: Gates that close in one go, and sessions that follow their gate, which takes some 4 ms.
 GATE_SLICE: Final = 256
+
+#: SAs that are learned in one go, some 3 ms' worth if each is a new tunnel's, and SAs that are gone whose SPIs cease to
+#: linger in one go.
+SA_SLICE: Final = 64
+LINGER_SLICE: Final = 128

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from itertools import islice
+from math import inf
 
 from . import records
 from .ager import Ager
@@ -32,6 +33,8 @@ from .constants import (
     CLOSE_WATCH_SPIS,
     ELEMENT_IDLE_S,
     GATE_SLICE,
+    GENERATIONS_KEPT,
+    LINGER_SLICE,
     LINKED_ENDED,
     LOOK_INTERVAL_S,
     LOOK_MAX_PACKETS,
@@ -39,6 +42,7 @@ from .constants import (
     LOOKS_PER_TURN,
     READS_PER_REQUEST,
     SA_LINGER_S,
+    SA_SLICE,
     SAVE_INTERVAL_S,
     SAVE_SLICE,
     SWEEP_INTERVAL_S,
@@ -154,6 +158,8 @@ class Firewall:
         self._element = self.fast_path.lookup
         self.started_at = now
         self._tunnels = Tunnels()
+        #: What is still to be learned of the last thing that the IKE daemon said.
+        self._learning: Iterator[int] | None = None
         self._lingering: deque[tuple[float, Session, ChildSa]] = deque()
         self._zone_of_index: dict[int, str] = {}
         #: IKE as it was seen between any two peers, and the gate that it opens for their ESP in transit.
@@ -247,13 +253,24 @@ class Firewall:
         return self._drop("flow_internal_error")
 
     def apply_sa(self, event: SaEvent, now: float) -> None:
-        """Learn what the IKE daemon says of its SAs; sessions follow at once."""
+        """Learn what the IKE daemon says of its SAs; sessions follow, SA_SLICE at once and the others soon."""
         if counter := _SA_COUNTERS.get(type(event)):
             self.counters.add(counter)
         if isinstance(event, SaSourceLost):
             self._events.append(TunnelsStale(event.reason))
         elif isinstance(event, SaSnapshot) and self.directory.lost_reason:
             self._events.append(TunnelsStale(self.directory.lost_reason, is_over=True))
+        self._learn_slice(inf)  # what was said before this
+        self._learning = self._learn(event, now)
+        self._learn_slice(SA_SLICE)
+
+    @property
+    def is_learning(self) -> bool:
+        """Whether the last event is not learned in full yet: `handle_timer` goes on with it. The next one may wait."""
+        return self._learning is not None
+
+    def _learn(self, event: SaEvent, now: float) -> Iterator[int]:
+        """Let the sessions follow, an SA at a time; gives what each took, an SA of a common tunnel being 1."""
         for change in self.directory.apply(event, now):
             match change:
                 case SaAdded(sa):
@@ -263,13 +280,30 @@ class Firewall:
                         session.rekeys += 1
                         self._note(session)
                         self._events.append(SessionRekeyed(session, sa))
-                case SaUpdated(old, new):
-                    self._update_sa(old, new, now)
+                case SaUpdated(old, sa):
+                    self._update_sa(old, sa, now)
                 case SaRemoved(sa, end):
                     self._remove_sa(sa, end, now)
+            session = self._tunnels.get(sa.tunnel) if change else None
+            yield 1 + (len(session.generations) // GENERATIONS_KEPT if session else 0)
         if isinstance(event, SaSnapshot):
-            self._predict_missing(now)
-            self._note_told_counts(now)
+            for known in list(self.directory):
+                session = self._tunnels.get(known.sa.tunnel)
+                if session is None:  # it could not get one when it came up
+                    self._add_sa(known.sa, now)
+                elif generation := session.generation(known.sa):
+                    generation.sa = known.sa  # with its newest counts: `_watch` holds them against ours
+                    note_counts(session, generation, now)
+                yield 1 + (len(session.generations) // GENERATIONS_KEPT if session else 0)
+
+    def _learn_slice(self, work: float) -> None:
+        """Learn more of the last event, as `_learn` counts it."""
+        while self._learning is not None and work > 0:
+            cost = next(self._learning, None)
+            if cost is None:
+                self._learning = None
+            else:
+                work -= cost
 
     def apply_interface(self, event: InterfaceEvent) -> None:
         """Learn of interfaces and addresses of this host."""
@@ -333,7 +367,7 @@ class Firewall:
             deadlines.append(self._next_close_watch_at)
         if (pairing := self.spi_sessions.next_deadline()) is not None:
             deadlines.append(pairing)
-        if self._to_clear or self._to_gate or self._to_rematch:
+        if self._to_clear or self._to_gate or self._to_rematch or self._learning:
             deadlines.append(0.0)
         if self._changed:
             deadlines.append(self._next_save_at)
@@ -348,7 +382,10 @@ class Firewall:
             self._expire(session, now)
             if self.fast_path.asked_count >= READS_PER_REQUEST:
                 break
-        while self._lingering and self._lingering[0][0] <= now:
+        self._learn_slice(SA_SLICE)
+        for _ in range(LINGER_SLICE):
+            if not self._lingering or self._lingering[0][0] > now:
+                break
             _, session, sa = self._lingering.popleft()
             in_use = {key for other in session.sas for key in (other.key_in, other.key_out)}
             if self.table.live(session.id) is session and sa not in session.sas:
@@ -992,7 +1029,8 @@ class Firewall:
     def _add_sa(self, sa: ChildSa, now: float, *, is_news: bool = False) -> None:
         """Give a CHILD_SA its place: in the session of its tunnel, or in a new one."""
         known = self.directory.known(sa)
-        assert known is not None
+        if known is None:  # what is learned next takes it away
+            return
         is_whole = is_news and known.installed_at >= self.started_at and now - known.installed_at <= SA_LINGER_S
         generation = Generation(sa, known.installed_at, is_whole)
         session = self._tunnels.get(sa.tunnel)
@@ -1069,15 +1107,15 @@ class Firewall:
             self.table.index(session, flows)
         if provisional:  # an older SPI that the IKE daemon has forgotten since goes its own way
             self.fast_path.withdraw(element for element in session.elements if element.spi_key not in session.keys)
-        if provisional and session.state is State.OPENING:
-            session.last_seen_at = max(other.last_seen_at for other in provisional)
-            self._promote(session, provisional[0].ingress, provisional[0].client.zone, now)
-        elif session.state is State.CLOSING:  # authenticated anew, or restarted: the tunnel is back
+        if session.state is State.CLOSING:  # authenticated anew, or restarted: the tunnel is back
             is_waiting = session.type is SessionType.PRED
             session.move(Trigger.TUNNEL_ANNOUNCED if is_waiting else Trigger.TUNNEL_UP)
             session.end_reason = EndReason.UNKNOWN
             session.refresh_s = 0 if is_waiting else session.timeout_s
             self._arm(session, session.timeout_s, now)
+        if provisional and session.state is State.OPENING:
+            session.last_seen_at = max(other.last_seen_at for other in provisional)
+            self._promote(session, provisional[0].ingress, provisional[0].client.zone, now)
         self._note(session)
         if session.state is State.ACTIVE and session.rule.action is Action.DENY:  # where it is now, it may not be
             self.counters.add("flow_policy_deny")
@@ -1124,6 +1162,7 @@ class Firewall:
         self.table.remove(provisional)
         self._note(provisional)
         self._note(session)
+        self._health.forget(provisional)
         self.gate.leave(provisional)
         flows = [session.flow((element.flow is provisional.c2s) != turned) for element in provisional.elements]
         for is_c2s in (True, False):
@@ -1166,22 +1205,7 @@ class Firewall:
         else:
             self._tunnels.remove(sa.tunnel)
 
-    def _predict_missing(self, now: float) -> None:
-        """Give those SAs a session that could not get one when they came up."""
-        for known in list(self.directory):
-            if self._tunnels.get(known.sa.tunnel) is None:
-                self._add_sa(known.sa, now)
-
     # --- control against data -----------------------------------------------------------------------
-
-    def _note_told_counts(self, now: float) -> None:
-        """The last snapshot brought the IKE daemon's packet counts: `_watch` holds them against ours."""
-        for known in self.directory:
-            session = self._tunnels.get(known.sa.tunnel)
-            generation = session.generation(known.sa) if session else None
-            if session is not None and generation is not None:
-                generation.sa = known.sa  # with its newest counts
-                note_counts(session, generation, now)
 
     def _watch(self, now: float) -> None:
         """Look at the next sessions of this host, and tell of troubles that come and go."""
@@ -1351,7 +1375,8 @@ class Firewall:
     def _zones_changed(self) -> None:
         """What was decided for an interface that lies in another zone now is to be decided anew."""
         before, self._zone_of_index = self._zone_of_index, {}
-        moved = {index for index, zone in before.items() if self._zone(index) != zone}
+        there = self.interfaces.indices
+        moved = {index for index, zone in before.items() if index not in there or self._zone(index) != zone}
         if moved:
             self.fast_path.retire(element for element in self.fast_path if moved.intersection(element.key[:2]))
 

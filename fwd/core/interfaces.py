@@ -63,6 +63,11 @@ class InterfaceTable:
         """The names of all interfaces."""
         return self._names.values()
 
+    @property
+    def indices(self) -> Collection[int]:
+        """The indices of all interfaces."""
+        return self._names.keys()
+
     def name_of(self, index: int) -> str:
         """The interface's name, or `if7` while the kernel has not told it."""
         return self._names.get(index) or f"if{index}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import count
 from typing import NamedTuple, TypeAlias
 
 from .constants import COLLISION_S, FORMER_SPIS_KEPT
@@ -23,6 +24,9 @@ TunnelKey: TypeAlias = tuple[str, str, str, str, int]
 
 #: (local address, remote address, SPI in, SPI out): what tells an SA pair from every other one.
 SaKey: TypeAlias = tuple[bytes, bytes, int, int]
+
+#: (tunnel, unique id, SPI in, SPI out): the same, wherever its peers are.
+_Pair: TypeAlias = tuple[TunnelKey, int, int, int]
 
 
 #: Why the IKE daemon has not answered, before anybody could ask it.
@@ -174,9 +178,11 @@ SaChange: TypeAlias = SaAdded | SaUpdated | SaReplaced | SaRemoved
 class KnownSa:
     """A CHILD_SA, when it was installed, and when the IKE daemon last spoke of it (monotonic seconds).
 
-    `replaces` is the one that it took over from, `is_rekeyed` says that another one has taken over from it.
+    `replaces` is the one that it took over from, `is_rekeyed` says that another one has taken over from it. `number`
+    counts the SAs that the directory came to know.
     """
 
+    number: int
     sa: ChildSa
     installed_at: float
     confirmed_at: float
@@ -198,7 +204,9 @@ class SaDirectory:
     def __init__(self) -> None:
         self._known: dict[SaKey, KnownSa] = {}
         self._by_spi: dict[SpiKey, ChildSa] = {}
+        self._by_pair: dict[_Pair, KnownSa] = {}
         self._former: dict[SpiKey, FormerSa] = {}
+        self._numbers = count(1)
         #: Why the IKE daemon does not answer; empty while it does.
         self.lost_reason = NOT_ASKED
         #: When it last said anything, in monotonic seconds; None if it never did.
@@ -225,26 +233,27 @@ class SaDirectory:
         known = self._known.get(sa.key)
         return now - known.confirmed_at if known and self.lost_reason else None
 
-    def apply(self, event: SaEvent, now: float) -> list[SaChange]:
-        """Learn what charon said; what it changes, additions first so that no tunnel is ever without an SA."""
+    def apply(self, event: SaEvent, now: float) -> Iterator[SaChange | None]:
+        """Learn what charon said; gives what it changes, additions first so that no tunnel is ever without an SA.
+
+        It is learned bit by bit, as the changes are taken, because a snapshot may have very many: each is there when it
+        is given, and None stands for an SA that is as it was. The next event has to wait until all are taken.
+        """
         if not isinstance(event, SaSourceLost):
             self.answered_at = now
         match event:
             case SaEstablished(sa):
-                return self._assign(sa, now)
+                yield from self._assign(sa, now)
             case SaRekeyed(old, new):  # the old SA carries packets until it is deleted
-                return self._assign(new, now, self._find(old))
+                yield from self._assign(new, now, self._find(old))
             case SaDeleted(sa):
-                found = self._find(sa)
-                return self._remove(found, SaEnd.DELETED, now) if found else []
+                if found := self._find(sa):
+                    yield from self._remove(found, SaEnd.DELETED, now)
             case SaSnapshot(sas):
                 self.lost_reason = ""
-                return self._replace_all(sas, now)
+                yield from self._replace_all(sas, now)
             case SaSourceLost(reason):
                 self.lost_reason = reason
-                return []
-            case SaSourceAlive():
-                return []
 
     def restore(self, sa: ChildSa, installed_at: float, replaces: KnownSa | None, is_rekeyed: bool) -> KnownSa:
         """Know an SA as a former daemon knew it; the next snapshot tells what is true now.
@@ -252,7 +261,8 @@ class SaDirectory:
         `replaces` is the one that it took over from, if that is still there.
         """
         confirmed_at = installed_at if self.answered_at is None else self.answered_at
-        known = self._known[sa.key] = KnownSa(sa, installed_at, confirmed_at, replaces, is_rekeyed)
+        known = KnownSa(next(self._numbers), sa, installed_at, confirmed_at, replaces, is_rekeyed)
+        self._known[sa.key] = self._by_pair[_pair(sa)] = known
         self._by_spi[sa.key_in] = self._by_spi[sa.key_out] = sa
         return known
 
@@ -270,32 +280,31 @@ class SaDirectory:
 
     def _find(self, sa: ChildSa) -> KnownSa | None:
         """The same SA pair, maybe under the addresses that its peers had before (MOBIKE)."""
-        moved = (known for known in self._known.values() if _pair(known.sa) == _pair(sa))
-        return self._known.get(sa.key) or next(moved, None)
+        return self._known.get(sa.key) or self._by_pair.get(_pair(sa))
 
-    def _replace_all(self, sas: Iterable[ChildSa], now: float) -> list[SaChange]:
+    def _replace_all(self, sas: Iterable[ChildSa], now: float) -> Iterator[SaChange | None]:
         there = {sa.key: sa for sa in sas}
-        gone = {_pair(known.sa): known for key, known in self._known.items() if key not in there}
-        changes: list[SaChange] = []
-        for sa in there.values():
-            if sa.key in self._known:
-                changes += self._assign(sa, now)
-            elif moved := gone.pop(_pair(sa), None):
+        for key, sa in there.items():
+            moved = self._by_pair.get(_pair(sa)) if key not in self._known else None
+            if moved is not None and moved.sa.key not in there:
                 del self._known[moved.sa.key]
-                changes += self._update(moved, sa, now)
+                changes = self._update(moved, sa, now)
             else:
-                changes += self._assign(sa, now)
-        newest = {
-            known.sa.tunnel: known for known in sorted(self._known.values(), key=lambda known: known.installed_at)
-        }
-        for known in gone.values():
+                changes = self._assign(sa, now)
+            yield from changes or (None,)
+        gone = [known for key, known in self._known.items() if key not in there]
+        newest: dict[TunnelKey, KnownSa] = {known.sa.tunnel: known for known in gone}
+        for known in self._known.values() if gone else ():
+            rival = newest.get(known.sa.tunnel)
+            if rival is not None and known.installed_at >= rival.installed_at:
+                newest[known.sa.tunnel] = known
+        for known in gone:
             successor = newest[known.sa.tunnel]
             # By a rekey of which no event told; two that came up at once are a collision, and one of them had to go.
             if successor.installed_at > known.installed_at + COLLISION_S and not known.is_rekeyed:
                 known.is_rekeyed = True
-                changes.append(SaReplaced(known.sa, successor.sa))
-            changes += self._remove(known, SaEnd.VANISHED, now)
-        return changes
+                yield SaReplaced(known.sa, successor.sa)
+            yield from self._remove(known, SaEnd.VANISHED, now)
 
     def _assign(self, sa: ChildSa, now: float, replaces: KnownSa | None = None) -> list[SaChange]:
         known = self._known.get(sa.key)
@@ -303,7 +312,9 @@ class SaDirectory:
         if known is not None:
             changes += self._update(known, sa, now)
         else:
-            known = self._known[sa.key] = KnownSa(sa, now - sa.age_s, now)
+            known = self._known[sa.key] = self._by_pair[_pair(sa)] = KnownSa(
+                next(self._numbers), sa, now - sa.age_s, now
+            )
             self._by_spi[sa.key_in] = self._by_spi[sa.key_out] = sa
             changes.append(SaAdded(sa))
         if replaces is not None:
@@ -318,23 +329,33 @@ class SaDirectory:
         before, known.sa, known.confirmed_at = known.sa, sa, now
         if before == sa:  # but for its counts
             return []
-        self._known[sa.key] = known
+        self._forget_pair(known, before)
+        self._known[sa.key] = self._by_pair[_pair(sa)] = known
         self._forget_spis(before)
         self._by_spi[sa.key_in] = self._by_spi[sa.key_out] = sa
         return [SaUpdated(before, sa)]
 
     def _remove(self, known: KnownSa, end: SaEnd, now: float) -> list[SaChange]:
-        """Forget an SA, and the one that it replaced: charon does not tell when a rekeyed SA goes."""
-        sa = known.sa
-        if self._known.get(sa.key) is not known:
-            return []
-        del self._known[sa.key]
-        self._forget_spis(sa)
-        before = self._remove(known.replaces, SaEnd.REKEYED, now) if known.replaces else []
-        known.replaces = None
-        end = SaEnd.REKEYED if known.is_rekeyed else end
-        self.remember(sa, end, now)
-        return [*before, SaRemoved(sa, end)]
+        """Forget an SA, and those that it replaced: charon does not tell when a rekeyed SA goes."""
+        line: list[KnownSa] = []
+        following: KnownSa | None = known
+        while following is not None and self._known.get(following.sa.key) is following:
+            line.append(following)
+            following = following.replaces
+            line[-1].replaces = None
+        changes: list[SaChange] = []
+        for gone in reversed(line):
+            sa, why = gone.sa, SaEnd.REKEYED if gone is not known or gone.is_rekeyed else end
+            del self._known[sa.key]
+            self._forget_pair(gone, sa)
+            self._forget_spis(sa)
+            self.remember(sa, why, now)
+            changes.append(SaRemoved(sa, why))
+        return changes
+
+    def _forget_pair(self, known: KnownSa, sa: ChildSa) -> None:
+        if self._by_pair.get(_pair(sa)) is known:
+            del self._by_pair[_pair(sa)]
 
     def _forget_spis(self, sa: ChildSa) -> None:
         for spi_key in (sa.key_in, sa.key_out):
@@ -342,6 +363,6 @@ class SaDirectory:
                 del self._by_spi[spi_key]
 
 
-def _pair(sa: ChildSa) -> tuple[TunnelKey, int, int, int]:
+def _pair(sa: ChildSa) -> _Pair:
     """What tells an SA pair from every other one, wherever its peers are."""
     return (sa.tunnel, sa.uniqueid, sa.spi_in, sa.spi_out)

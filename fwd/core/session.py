@@ -377,7 +377,8 @@ class Session:
     def generation(self, sa: ChildSa) -> Generation | None:
         """The generation that this CHILD_SA is, if it is one of this tunnel's now."""
         for generation in self.generations:
-            if generation.removed_at is None and generation.sa == sa:
+            # The SPI first: to compare all fields of very many SAs takes its time.
+            if generation.removed_at is None and generation.sa.spi_in == sa.spi_in and generation.sa == sa:
                 return generation
         return None
 

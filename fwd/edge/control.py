@@ -1,23 +1,28 @@
 """The control socket: JSON-RPC 2.0 over a unix socket, one request a line, one answer a line.
 
 Size, time and number of clients are bounded, and a client has one request at a time: one that sends garbage,
-sends slowly or does not read costs a bounded piece of memory, and no packet its verdict. Who may do what is
-decided by the peer's credentials (SO_PEERCRED, unix(7)), not by the file mode, so that one who may not hears why.
-One who may not even read hears it at once, and takes nobody's place.
+sends slowly or does not read costs a bounded piece of memory, and no packet its verdict. All clients together have one
+answer at a time, after which packets have as long: a flood of requests takes half of the daemon at most.
+
+Who may do what is decided by the peer's credentials (SO_PEERCRED, SO_PEERGROUPS, unix(7)), not by the file mode, so
+that one who may not hears why. These are what the process had when it connected; no user database is asked, which may
+be far away and slow. One who may not even read hears it at once, and takes nobody's place.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import errno
 import grp
 import json
 import logging
 import os
-import pwd
 import socket
 import stat
 import struct
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,13 +43,23 @@ from ..rpc import (
 
 log = logging.getLogger(__name__)
 
+#: asm-generic/socket.h, since Linux 4.13; Python has no name for it, and takes 1,024 bytes from any socket option.
+_SO_PEERGROUPS = 59
+_PYTHONS_LIMIT = 1024
+
 #: Clients at a time: in all, how many of these places only root can have, and how many any other user.
 MAX_CLIENTS = 32
 KEPT_FOR_ROOT = 4
 MAX_CLIENTS_OF_USER = 8
+#: Clients that may wait to be taken in, and how long they wait if there is no file descriptor for them, in seconds.
+BACKLOG = 64
+ACCEPT_RETRY_S = 1.0
 #: How long a client may be silent, and how long it may take to read an answer, in seconds.
 IDLE_S = 60.0
 READ_S = 10.0
+#: How much of a request that is too long is read, in chunks of MAX_REQUEST_BYTES, and for how long.
+DISCARD_CHUNKS = 16
+DISCARD_S = 0.2
 
 
 class ControlError(Exception):
@@ -53,10 +68,10 @@ class ControlError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Who is at the other end: user and the names of all groups."""
+    """Who is at the other end: user and all groups, by number."""
 
     uid: int
-    groups: frozenset[str]
+    gids: frozenset[int]
 
     @property
     def is_owner(self) -> bool:
@@ -64,21 +79,24 @@ class Peer:
         return self.uid in (0, os.geteuid())
 
 
-@dataclass(slots=True)
 class Access:
-    """Who has which right. root and the daemon's own user have all."""
+    """Who has which right, by the names of groups. root and the daemon's own user have all.
 
-    read_groups: Sequence[str]
-    change_groups: Sequence[str]
+    What numbers the groups have is asked once, here.
+    """
+
+    def __init__(self, read_groups: Sequence[str], change_groups: Sequence[str]) -> None:
+        self._allowed = {"read": [*change_groups, *read_groups], "change": [*change_groups]}
+        self._gids = {name: _gid_of(name) for name in self._allowed["read"]}
 
     def missing_groups(self) -> list[str]:
         """The groups named that this host does not have."""
-        return [name for name in dict.fromkeys([*self.read_groups, *self.change_groups]) if not _is_group(name)]
+        return [name for name, gid in self._gids.items() if gid is None]
 
     def check(self, peer: Peer, right: str) -> None:
         """Raises RpcError FORBIDDEN if the peer has not the right, `read` or `change`."""
-        allowed = [*self.change_groups, *(self.read_groups if right == "read" else ())]
-        if not peer.is_owner and not peer.groups.intersection(allowed):
+        allowed = self._allowed[right]
+        if not peer.is_owner and not any(self._gids[name] in peer.gids for name in allowed):
             groups = f" and members of group {' or '.join(allowed)}" if allowed else ""
             raise RpcError(
                 FORBIDDEN,
@@ -90,7 +108,8 @@ class Access:
 class ControlServer:
     """The daemon's end. `dispatch(method, params)` answers or raises RpcError; it must be quick.
 
-    `rights` maps each method to the right it needs.
+    `rights` maps each method to the right it needs. It works on bare sockets, because asyncio's transports leave
+    garbage in circles, and to find that of 10,000 connections takes a tenth of a second, in which packets would wait.
     """
 
     def __init__(
@@ -106,19 +125,23 @@ class ControlServer:
         self.access = access
         self.requests = 0
         self.refused = 0
-        self._server: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
+        self._accepting: asyncio.Task[None] | None = None
         self._clients: set[asyncio.Task[None]] = set()
         self._places: Counter[int] = Counter()
+        self._turn = asyncio.Lock()
         self._inode = 0
 
     async def open(self) -> None:
         """Take the path, without an answer to anybody yet. Replaces what a dead daemon left. Raises ControlError."""
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            self._path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            with _umask(0o022):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+            _refuse_strangers(self._path.parent)
             self._clear_way()
-            listener.bind(str(self._path))
-            os.chmod(self._path, 0o666)
+            with _umask(0o111):  # it has its mode from the first instant; a chmod could be led elsewhere by a link
+                listener.bind(str(self._path))
             self._inode = os.lstat(self._path).st_ino
         except ControlError:
             listener.close()
@@ -128,25 +151,25 @@ class ControlServer:
             raise ControlError(
                 f"cannot listen on {self._path} ({error.strerror or error}): [control] socket chooses another path"
             ) from None
-        self._server = await asyncio.start_unix_server(
-            self._accept, sock=listener, limit=MAX_REQUEST_BYTES, start_serving=False
-        )
+        self._listener = listener
 
     async def start(self) -> None:
         """Answer. Until then a client is told that no daemon is there. Raises ControlError."""
-        if self._server is None:
+        if self._listener is None:
             await self.open()
-        assert self._server is not None
-        await self._server.start_serving()
+        assert self._listener is not None
+        self._listener.listen(BACKLOG)
+        self._accepting = asyncio.create_task(self._accept(self._listener))
 
     async def stop(self) -> None:
         """Hang up on everybody and take the socket away, if it is still ours."""
-        if self._server is None:
+        if self._listener is None:
             return
-        self._server.close()
-        for client in self._clients:
-            client.cancel()
-        await asyncio.gather(*self._clients, return_exceptions=True)
+        tasks = [*self._clients, *filter(None, [self._accepting])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._listener.close()
         with contextlib.suppress(FileNotFoundError):
             if os.lstat(self._path).st_ino == self._inode:
                 self._path.unlink()
@@ -167,33 +190,32 @@ class ControlServer:
                 return
         raise ControlError(f"another fwd answers on {self._path}: stop it, or choose another [control] socket")
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._clients.add(task)
-        try:
-            # A peer that hangs up, is too slow or silent for too long ends its own connection, nothing else.
-            with contextlib.suppress(OSError, TimeoutError, asyncio.CancelledError):
-                await self._serve(reader, writer)
-        finally:
-            if writer.transport.get_write_buffer_size():
-                writer.transport.abort()  # a close would wait for a reader that does not read
-            else:
-                writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()  # a client is counted as long as its socket is open
-            self._clients.discard(task)
+    async def _accept(self, listener: socket.socket) -> None:
+        """Take clients in, one in each turn of the loop: packets have theirs, too."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(listener)
+            except OSError as error:  # a client that is gone already, or no file descriptor left
+                log.warning("the control socket cannot take a client in: %s", error.strerror or error)
+                await asyncio.sleep(ACCEPT_RETRY_S)
+                continue
+            client = loop.create_task(self._attend(connection))
+            self._clients.add(client)
+            client.add_done_callback(self._clients.discard)
+            await asyncio.sleep(0)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.transport.set_write_buffer_limits(high=0)
-        peer = _peer_of(writer.get_extra_info("socket"))
-        try:
-            self.access.check(peer, "read")
-            with self._place(peer):
-                await self._converse(reader, writer, peer)
-        except RpcError as error:
-            self.refused += 1
-            await _send(writer, _error(None, error.code, error.message))
+    async def _attend(self, connection: socket.socket) -> None:
+        # A peer that hangs up, is too slow or silent for too long ends its own connection, nothing else.
+        with connection, contextlib.suppress(OSError, TimeoutError, asyncio.CancelledError):
+            peer = _peer_of(connection)
+            try:
+                self.access.check(peer, "read")
+                with self._place(peer):
+                    await self._converse(connection, peer)
+            except RpcError as error:
+                self.refused += 1
+                await _send(connection, _error(None, error.code, error.message))
 
     @contextlib.contextmanager
     def _place(self, peer: Peer) -> Iterator[None]:
@@ -210,19 +232,16 @@ class ControlServer:
             if not self._places[peer.uid]:
                 del self._places[peer.uid]
 
-    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: Peer) -> None:
+    async def _converse(self, connection: socket.socket, peer: Peer) -> None:
         """Answer requests until the client hangs up, or has to be hung up on."""
-        while True:
-            async with asyncio.timeout(IDLE_S):
-                try:
-                    line = await reader.readline()
-                except ValueError:
-                    raise RpcError(INVALID_REQUEST, f"a request has {MAX_REQUEST_BYTES} bytes at most") from None
-            if not line:
-                return
-            answer = self._answer(line, peer)
+        received = bytearray()
+        while line := await _line(connection, received):
+            async with self._turn:
+                begun = time.monotonic()
+                answer = self._answer(line, peer)
+                await asyncio.sleep(time.monotonic() - begun)
             if answer is not None:
-                await _send(writer, answer)
+                await _send(connection, answer)
 
     def _answer(self, line: bytes, peer: Peer) -> bytes | None:
         """The answer to one line; None to a notification, which has no id and wants none."""
@@ -270,10 +289,45 @@ def _parse(line: bytes) -> dict[str, Any]:
     return request
 
 
-async def _send(writer: asyncio.StreamWriter, line: bytes) -> None:
-    writer.write(line)
+async def _line(connection: socket.socket, received: bytearray) -> bytes:
+    """The next line, from what was received or is; what a peer that hung up left is one, too, maybe an empty one.
+
+    Raises RpcError INVALID_REQUEST if it is too long, TimeoutError if it does not come.
+    """
+    loop = asyncio.get_running_loop()
+    looked_at = 0
+    async with asyncio.timeout(IDLE_S):
+        while (end := received.find(b"\n", looked_at)) < 0 and len(received) < MAX_REQUEST_BYTES:
+            looked_at = len(received)
+            chunk = await loop.sock_recv(connection, MAX_REQUEST_BYTES)
+            if not chunk:
+                end = len(received) - 1
+                break
+            received += chunk
+    if (end < 0 and received) or end >= MAX_REQUEST_BYTES:
+        await _discard(connection)
+        raise RpcError(INVALID_REQUEST, f"a request has {MAX_REQUEST_BYTES} bytes at most")
+    line = bytes(received[: end + 1])
+    del received[: end + 1]
+    return line
+
+
+async def _discard(connection: socket.socket) -> None:
+    """Read the rest of a line that is too long, some of it: a peer that still writes would miss what it is told."""
+    loop = asyncio.get_running_loop()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_S):
+            for _ in range(DISCARD_CHUNKS):
+                chunk = await loop.sock_recv(connection, MAX_REQUEST_BYTES)
+                if not chunk or chunk.endswith(b"\n"):
+                    break
+                await asyncio.sleep(0)
+
+
+async def _send(connection: socket.socket, line: bytes) -> None:
+    """Returns when the peer has read it, but for what the kernel holds. Raises TimeoutError or OSError."""
     async with asyncio.timeout(READ_S):
-        await writer.drain()
+        await asyncio.get_running_loop().sock_sendall(connection, line)
 
 
 def _encode(message: Mapping[str, Any]) -> bytes:
@@ -288,23 +342,55 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-def _is_group(name: str) -> bool:
+def _gid_of(group: str) -> int | None:
     try:
-        grp.getgrnam(name)
+        return grp.getgrnam(group).gr_gid
     except KeyError:
-        return False
-    return True
+        return None
 
 
 def _peer_of(connection: socket.socket) -> Peer:
-    """Who connected, as the kernel knows: struct ucred (unix(7)) and the user's groups by name."""
+    """Who connected, as the kernel knows: struct ucred, and the supplementary groups. Raises OSError (unix(7))."""
     _, uid, gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     try:
-        gids = os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)
-    except KeyError:
-        gids = [gid]
-    names = set()
-    for member in gids:
-        with contextlib.suppress(KeyError):
-            names.add(grp.getgrgid(member).gr_name)
-    return Peer(uid, frozenset(names))
+        octets = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _PYTHONS_LIMIT)
+    except OSError as error:
+        if error.errno != errno.ERANGE:
+            raise
+        octets = _many_groups(connection)
+    return Peer(uid, frozenset((gid, *struct.unpack(f"{len(octets) // 4}I", octets))))
+
+
+def _many_groups(connection: socket.socket) -> bytes:
+    """SO_PEERGROUPS of one who is in more groups than Python's own getsockopt has room for."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    room = ctypes.create_string_buffer(4 * 65536)  # NGROUPS_MAX
+    length = ctypes.c_uint(len(room))
+    if libc.getsockopt(connection.fileno(), socket.SOL_SOCKET, _SO_PEERGROUPS, room, ctypes.byref(length)):
+        raise OSError(ctypes.get_errno(), "SO_PEERGROUPS")
+    return room.raw[: length.value]
+
+
+def _refuse_strangers(folder: Path) -> None:
+    """Whoever may change a folder on the way to the socket may put another one in its place. Raises ControlError."""
+    for way in (folder.absolute(), folder.resolve()):
+        for step in (way, *way.parents):
+            found = os.stat(step)
+            is_strangers = found.st_uid not in (0, os.geteuid())
+            is_open = found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX
+            if is_strangers or is_open:
+                whose = f"uid {found.st_uid}" if is_strangers else "others"
+                raise ControlError(
+                    f"{step} can be changed by {whose}, who could put another socket in the place of fwd's: take that"
+                    " right away, or choose another [control] socket"
+                )
+
+
+@contextlib.contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    """For what is made meanwhile, whatever the daemon was started with."""
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)

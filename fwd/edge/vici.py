@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import os
 import random
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from ipaddress import ip_address
 from typing import Any
 
 from vici import Session
 from vici.exception import EventUnknownException
-from vici.protocol import RECV_TIMEOUT_DEFAULT, Transport
+from vici.protocol import RECV_TIMEOUT_DEFAULT, Packet, Transport
 
 from ..core.sa import ChildSa, SaDeleted, SaEstablished, SaEvent, SaRekeyed, SaSnapshot, SaSourceAlive, SaSourceLost
 
@@ -44,8 +45,25 @@ _RECONCILE_S = 30.0
 _AFTER_REKEY_S = 6.0
 #: And so soon after a peer moved: charon tells that before it has changed the CHILD_SAs.
 _AFTER_MOVE_S = 0.3
+#: And so soon after an event that cannot be read, of which there may be many.
+_AFTER_GARBAGE_S = 1.0
 #: Pauses between attempts to connect: doubled from the first to the last.
-_BACKOFF_S = (0.2, 2.0)
+_BACKOFF_S = (0.2, 0.4)
+
+#: What the registrations, and then all SAs together, may take, in seconds and bytes (some 200,000 SAs' worth): a charon
+#: that never comes to an end is as good as none.
+_LONG_ANSWER_S = 30.0
+_LONG_ANSWER_BYTES = 256 << 20
+_CHUNK_BYTES = 64 << 10
+#: How often fwd looks whether the socket is still the one that it connected to.
+_SOCKET_LOOK_S = 0.5
+
+#: The elements of a message (README.md of libcharon's vici plugin).
+_SECTION, _SECTION_END, _VALUE, _LIST, _ITEM, _LIST_END = range(1, 7)
+_NAMED = frozenset({_SECTION, _VALUE, _LIST})
+_WITH_VALUE = frozenset({_VALUE, _ITEM})
+
+_EVENT_PACKET = bytes([Packet.EVENT])
 
 #: CHILD_SA states (libcharon/sa/child_sa.h) in which SAs are installed. One that is being replaced or deleted carries
 #: packets until it is gone.
@@ -120,6 +138,43 @@ def _child_sa(ike_name: str, ike: Mapping[str, Any], child: Mapping[str, Any]) -
     )
 
 
+def decode(octets: bytes) -> dict[str, Any]:
+    """A VICI message: sections as dicts, values as bytes, lists of them. Raises ViciAnswerError."""
+    message: dict[str, Any] = {}
+    around: list[dict[str, Any]] = []
+    section, items = message, None
+    position, end = 0, len(octets)
+    try:
+        while position < end:
+            kind, position = octets[position], position + 1
+            if kind == _SECTION_END:
+                section = around.pop()
+                continue
+            if kind in _NAMED:
+                start = position + 1
+                position = start + octets[position]
+                name = octets[start:position].decode()
+            if kind in _WITH_VALUE:
+                start = position + 2
+                position = start + (octets[position] << 8 | octets[position + 1])
+                if kind == _VALUE:
+                    section[name] = octets[start:position]
+                elif items is not None:
+                    items.append(octets[start:position])
+            elif kind == _SECTION:
+                around.append(section)
+                section[name] = section = {}
+            elif kind == _LIST:
+                items = section[name] = []
+            elif kind != _LIST_END:
+                raise ViciAnswerError(f"a message has an element of the unknown kind {kind}")
+    except (IndexError, UnicodeDecodeError):
+        raise ViciAnswerError("a message is garbled") from None
+    if around or position != end:
+        raise ViciAnswerError("a message is cut short")
+    return message
+
+
 def _is_esp(child: Mapping[str, Any]) -> bool:
     return _text(child, "protocol", "") == "ESP"
 
@@ -160,8 +215,8 @@ def _count(section: Mapping[str, Any], key: str) -> int:
 def _address(section: Mapping[str, Any], key: str) -> bytes:
     text = _text(section, key)
     try:
-        return ip_address(text.partition("%")[0]).packed
-    except ValueError:
+        return socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text.partition("%")[0])
+    except (OSError, ValueError):
         raise ViciAnswerError(f"'{key}' is '{text[:40]}', not an IP address") from None
 
 
@@ -171,7 +226,8 @@ def _address(section: Mapping[str, Any], key: str) -> bytes:
 class _BoundedTransport(Transport):  # type: ignore[misc]  # vici has no types
     """A connection on which no message takes longer than ANSWER_S, nor more than the protocol's 512 KiB.
 
-    The package's own waits for ever once the first byte has come.
+    The package's own waits for ever once the first byte has come, reads lists without end, and passes over what is no
+    event where it listens for events.
     """
 
     def __init__(self, path: str) -> None:
@@ -185,34 +241,73 @@ class _BoundedTransport(Transport):  # type: ignore[misc]  # vici has no types
         super().__init__(connection)
         #: What went wrong first; later errors only follow from it.
         self.failure = ""
+        self._received, self._taken = b"", 0
+        self.bound(True)
+
+    def bound(self, is_bounded: bool) -> None:
+        """Whether all that comes from now on has to be over within _LONG_ANSWER_S and _LONG_ANSWER_BYTES."""
+        self._octets_left = float(_LONG_ANSWER_BYTES) if is_bounded else math.inf
+        self._ends_at = time.monotonic() + _LONG_ANSWER_S if is_bounded else math.inf
+
+    def receive(self, timeout: Any = RECV_TIMEOUT_DEFAULT) -> bytes:
+        """The next packet; with a timeout the next event, or TimeoutError. Raises ConnectionError."""
+        packet: bytes = super().receive(timeout)
+        self._octets_left -= len(packet)
+        if self._octets_left < 0 or time.monotonic() > self._ends_at:
+            raise self._fail("what charon answers does not come to an end")
+        if timeout is not RECV_TIMEOUT_DEFAULT and packet[:1] != _EVENT_PACKET:  # only `listen` waits so
+            raise self._fail("charon sent something else than an event")
+        return packet
 
     def _recvall(self, count: int, timeout: Any = RECV_TIMEOUT_DEFAULT) -> bytes:
+        """So many bytes. What came with them is kept: one call of the kernel brings very many short messages."""
         if count > self.MAX_SEGMENT:
             raise self._fail(f"charon announced a message of {count} bytes, the protocol allows {self.MAX_SEGMENT}")
-        received = b""
         deadline = time.monotonic() + (ANSWER_S if timeout is RECV_TIMEOUT_DEFAULT else timeout)
-        while len(received) < count:
+        while len(self._received) - self._taken < count:
             self.socket.settimeout(max(0.001, deadline - time.monotonic()))
+            is_begun = self._taken < len(self._received)
             try:
-                chunk = self.socket.recv(count - len(received))
+                chunk = self.socket.recv(_CHUNK_BYTES)
             except TimeoutError:
-                if not received and timeout is not RECV_TIMEOUT_DEFAULT:
+                if not is_begun and timeout is not RECV_TIMEOUT_DEFAULT:
                     raise
                 raise self._fail(f"charon did not answer within {ANSWER_S:g} s") from None
             except OSError as error:
                 raise self._fail(str(error)) from None
             if not chunk:
                 raise self._fail("charon closed the connection")
-            if not received:
+            if not is_begun:
                 deadline = time.monotonic() + ANSWER_S
-            received += chunk
-        return received
+            self._received = self._received[self._taken :] + chunk
+            self._taken = 0
+        self._taken += count
+        return self._received[self._taken - count : self._taken]
 
     def session(self) -> Session:
         """The package's session on this connection."""
         session = Session(self.socket)
         session.transport = self
         return session
+
+    def list_sas(self) -> Iterator[dict[str, Any]]:
+        """The messages that `list-sas` is answered with. Raises ViciAnswerError or ConnectionError.
+
+        The package's own reads an answer to its end, come what may, and takes three times as long, which matters for
+        thousands of SAs.
+        """
+        self.bound(True)
+        for request, wanted in (
+            (Packet.register_event("list-sa"), Packet.EVENT_CONFIRM),
+            (Packet.request("list-sas"), Packet.CMD_RESPONSE),
+            (Packet.unregister_event("list-sa"), Packet.EVENT_CONFIRM),
+        ):
+            self.send(request)
+            while (answer := self.receive())[:1] == _EVENT_PACKET:
+                yield decode(answer[2 + answer[1] :])
+            if answer[:1] != bytes([wanted]):
+                raise self._fail(f"charon answered a request for all SAs with {answer[:40]!r}")
+        self.bound(False)
 
     def close(self) -> None:
         """Close, however often, whether or not the other side is still there."""
@@ -237,6 +332,7 @@ class ViciListener:
         self._thread = threading.Thread(target=self._run, name="vici", daemon=True)
         self._lost_reason = ""
         self._events = [*_EVENTS, _EVENT_MOVED]
+        self._connected_to = (0, 0, 0)
 
     def start(self) -> None:
         """Begin to listen; charon need not be there yet."""
@@ -266,9 +362,11 @@ class ViciListener:
     def _follow(self) -> Iterator[None]:
         """Hand over a snapshot and then what happens; yields after each snapshot, raises when charon is lost."""
         with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # `_connect` says what that means
+                self._connected_to = self._socket()
             listening, asking = (stack.enter_context(contextlib.closing(self._connect())) for _ in range(2))
             try:
-                yield from self._listen(listening.session(), asking.session())
+                yield from self._listen(listening, asking)
             except EventUnknownException:
                 if _EVENT_MOVED not in self._events:
                     raise
@@ -288,33 +386,74 @@ class ViciListener:
         except TimeoutError:
             raise ConnectionError(f"charon did not take the connection within {ANSWER_S:g} s") from None
 
-    def _listen(self, listening: Session, asking: Session) -> Iterator[None]:
-        probe_at = snapshot_at = 0.0
+    def _snapshot(self, asking: _BoundedTransport) -> tuple[SaSnapshot, float]:
+        """All SAs, and in how many seconds they are to be read again. Raises ViciAnswerError or ConnectionError."""
+        sas: list[ChildSa] = []
+        again_s = _RECONCILE_S
+        for answer in asking.list_sas():
+            sas += parse_sas(answer)
+            if is_leaving(answer):
+                again_s = _AFTER_REKEY_S
+        return SaSnapshot(tuple(sas)), again_s
+
+    def _socket(self) -> tuple[int, int, int]:
+        """What tells the socket that is there from one that takes its place. Raises OSError."""
+        found = os.stat(self._path)
+        return found.st_dev, found.st_ino, found.st_ctime_ns
+
+    def _listen(self, listening: _BoundedTransport, asking: _BoundedTransport) -> Iterator[None]:
         # The first item, even an empty one, comes when all registrations are done: the time for a snapshot.
-        with contextlib.closing(listening.listen(self._events, _POLL_S)) as events:
-            for name, message in events:
-                if self._stopping.is_set():
-                    return
+        with contextlib.closing(listening.session().listen(self._events, _POLL_S)) as events:
+            try:
+                yield from self._hear(events, listening, asking)
+            except BaseException:
+                listening.close()  # else the generator asks a charon that is lost to register no more, and waits
+                raise
+
+    def _hear(
+        self, events: Iterator[tuple[Any, Any]], listening: _BoundedTransport, asking: _BoundedTransport
+    ) -> Iterator[None]:
+        probe_at = snapshot_at = look_at = 0.0
+        for name, message in events:
+            if self._stopping.is_set():
+                return
+            listening.bound(False)
+            now = time.monotonic()
+            if now >= snapshot_at:
+                snapshot, again_s = self._snapshot(asking)
+                self._deliver(snapshot)
+                self._lost_reason = ""
                 now = time.monotonic()
-                if now >= snapshot_at:
-                    answers = list(asking.list_sas())
-                    self._deliver(SaSnapshot(tuple(sa for answer in answers for sa in parse_sas(answer))))
-                    self._lost_reason = ""
-                    again_s = _AFTER_REKEY_S if any(map(is_leaving, answers)) else _RECONCILE_S
-                    probe_at, snapshot_at = now + _PROBE_S, now + again_s
-                    yield
-                elif now >= probe_at:
-                    asking.version()
-                    self._deliver(SaSourceAlive())
-                    probe_at = now + _PROBE_S
-                if name == _EVENT_MOVED.encode():
-                    snapshot_at = min(snapshot_at, now + _AFTER_MOVE_S)
-                elif name is not None:
-                    try:
-                        for event in parse_event(name.decode(), message):
-                            self._deliver(event)
-                            if isinstance(event, SaRekeyed):
-                                snapshot_at = min(snapshot_at, now + _AFTER_REKEY_S)
-                    except ViciAnswerError as error:
-                        log.warning("VICI event %s cannot be read (%s): reading all SAs instead", name.decode(), error)
-                        snapshot_at = 0.0
+                probe_at, snapshot_at = now + _PROBE_S, now + again_s
+                yield
+            elif now >= probe_at:
+                asking.session().version()
+                self._deliver(SaSourceAlive())
+                probe_at = now + _PROBE_S
+            if now >= look_at:
+                look_at = now + _SOCKET_LOOK_S
+                self._look_at_socket()
+            if name == _EVENT_MOVED.encode():
+                snapshot_at = min(snapshot_at, now + _AFTER_MOVE_S)
+            elif name is not None:
+                try:
+                    for event in parse_event(name.decode(errors="replace"), message):
+                        self._deliver(event)
+                        if isinstance(event, SaRekeyed):
+                            snapshot_at = min(snapshot_at, now + _AFTER_REKEY_S)
+                except ViciAnswerError as error:
+                    if snapshot_at > now + _AFTER_GARBAGE_S:
+                        log.warning("VICI event %.40r cannot be read (%s): reading all SAs instead", name, error)
+                        snapshot_at = now + _AFTER_GARBAGE_S
+
+    def _look_at_socket(self) -> None:
+        """Raises ConnectionError if another process has taken the path: what it says counts from now on.
+
+        While nobody has, the charon that is connected goes on being asked.
+        """
+        try:
+            is_another = self._socket() != self._connected_to
+        except OSError:
+            return
+        if is_another:
+            raise ConnectionError("another process listens on the socket")

@@ -10,12 +10,23 @@ def test_pages_of_tunnels_are_put_together(monkeypatch):
         asked.append((method, params))
         after = params.get("after", 0)
         following = after + 2 if after < 4 else None
-        return {"source": after, "tunnels": [after + 1, after + 2], "strangers": [after], "next": following}
+        return {
+            "source": {"connected": True},
+            "tunnels": [after + 1, after + 2],
+            "strangers": [after],
+            "next": following,
+        }
 
     monkeypatch.setattr(Client, "call", call)
     assert Client("/nowhere").tunnels("gw") == {
-        "source": 0,
+        "source": {"connected": True},
         "tunnels": [1, 2, 3, 4, 5, 6],
         "strangers": [0, 2, 4],
     }
     assert asked[-1] == ("tunnel.detail", {"name": "gw", "after": 4}) and len(asked) == 3
+
+
+def test_a_count_is_the_sum_of_its_pages(monkeypatch):
+    pages = {0: {"count": 3, "next": 7}, 7: {"count": 0, "next": 9}, 9: {"count": 2, "next": None}}
+    monkeypatch.setattr(Client, "call", lambda self, method, filter, after=0: dict(pages[after]))
+    assert Client("/nowhere").session_count({"state": "active"}) == {"count": 5}

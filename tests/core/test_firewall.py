@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -631,6 +631,7 @@ def shown(bench):
     return sessions, {k: v for k, v in bench.firewall.counters.values.items() if k not in offloaded}
 
 
+@example([("receive", 1), ("up", 3), ("down", 3), ("up", 1)], UnknownSpi.GENERIC, 4)  # back, and used before it is told
 @given(STEPS, st.sampled_from(UnknownSpi), st.integers(4, 5))
 @hypothesis_settings(max_examples=300, deadline=None)
 def test_any_order_of_things_looks_the_same_with_and_without_the_fast_path(steps, unknown_spi, max_sessions):

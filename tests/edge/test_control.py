@@ -13,6 +13,7 @@ from fwd.edge import control
 from fwd.edge.control import Access, ControlError, ControlServer, Peer
 from fwd.rpc import RpcError
 
+GROUPS = {"readers": 71, "changers": 72}
 RIGHTS = {"echo": "read", "change": "change"}
 
 
@@ -160,10 +161,12 @@ def test_one_who_may_not_read_hears_it_at_once_and_takes_no_place(tmp_path, monk
 
 
 def test_no_user_takes_all_places_and_some_are_roots(tmp_path, monkeypatch):
+    monkeypatch.setattr(control, "_gid_of", GROUPS.get)
+
     async def work(path, server):
         writers, served = [], {}
         for uid in (7001, 7002, 7003, 7004, 0):
-            monkeypatch.setattr(control, "_peer_of", lambda _, uid=uid: Peer(uid, frozenset({"readers"})))
+            monkeypatch.setattr(control, "_peer_of", lambda _, uid=uid: Peer(uid, frozenset({GROUPS["readers"]})))
             said = await asyncio.gather(*(hello(path) for _ in range(12)))
             writers += [writer for _, writer in said]
             served[uid] = sum(word is None for word, _ in said)
@@ -218,8 +221,10 @@ def test_a_silent_client_is_hung_up_on(tmp_path, monkeypatch):
     assert serve(tmp_path, work) == b""
 
 
-def test_who_may_do_what():
-    access = Access(["readers"], ["changers"])
+def test_who_may_do_what(monkeypatch):
+    monkeypatch.setattr(control, "_gid_of", GROUPS.get)
+    access = Access(["readers"], ["changers", "nobodys"])
+    assert access.missing_groups() == ["nobodys"]
     own = os.geteuid()
     for uid, groups, right, may in (
         (0, (), "change", True),
@@ -231,10 +236,10 @@ def test_who_may_do_what():
         (7777, ("changers",), "change", True),
     ):
         if may:
-            access.check(Peer(uid, frozenset(groups)), right)
+            access.check(Peer(uid, frozenset(map(GROUPS.get, groups))), right)
         else:
             with pytest.raises(RpcError, match=f"uid 7777 may not {right}; root and members of group"):
-                access.check(Peer(uid, frozenset(groups)), right)
+                access.check(Peer(uid, frozenset(map(GROUPS.get, groups))), right)
 
 
 def test_a_dead_daemons_socket_is_replaced_and_a_live_ones_is_not(tmp_path):

@@ -1,0 +1,81 @@
+"""How long packets wait: raw ESP that bears the time at which it was sent, and who takes the time at the other end.
+
+Inside a lab: `prober.py send DESTINATION`, and `prober.py receive SOURCE`, which prints what it saw as JSON when the
+last packet has come. Both live on one machine, so they share a clock.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import sys
+import time
+from subprocess import PIPE
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # inside the lab this file is run by itself
+    from lab import Lab
+
+_PROBE = struct.Struct("!IId8x")
+_SPI = 0x7E570000
+_SPIS = 16
+
+
+class Prober:
+    """Probes from one host of a lab to another through fwd, one every `interval_s`, until `stop`."""
+
+    def __init__(self, lab: Lab, source: str, destination: str, interval_s: float = 0.004) -> None:
+        ends = {"site-a": "198.51.100.2", "site-b": "203.0.113.2", "peer": "192.0.2.2", "fwd": "192.0.2.1"}
+        run = [sys.executable, __file__]
+        self._receiver = lab.hosts[destination].start([*run, "receive", ends[source]], stdout=PIPE)
+        assert self._receiver.popen.stdout is not None
+        assert self._receiver.popen.stdout.readline() == "ready\n"
+        self._sender = lab.hosts[source].start([*run, "send", ends[destination], f"{interval_s}"])
+
+    def stop(self) -> dict[str, Any]:
+        """What was seen: `sent`, `received`, and how long the packets took, `median_ms` and `worst_ms`."""
+        self._sender.send(2)
+        self._sender.wait(10)
+        out, _ = self._receiver.popen.communicate(timeout=10)
+        return dict(json.loads(out))
+
+
+def _send(destination: str, interval_s: float) -> None:
+    raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, 50)
+    raw.connect((destination, 0))
+    number = 0
+    try:
+        while True:
+            number += 1
+            raw.send(_PROBE.pack(_SPI + number % _SPIS, 1 + number // _SPIS, time.monotonic()))
+            time.sleep(interval_s)
+    except KeyboardInterrupt:
+        for _ in range(3):
+            raw.send(_PROBE.pack(_SPI + _SPIS, number, 0.0))
+
+
+def _receive(source: str) -> None:
+    raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, 50)
+    print("ready", flush=True)
+    took: list[float] = []
+    while True:
+        octets, (sender, _) = raw.recvfrom(200)
+        if sender != source or len(octets) != 20 + _PROBE.size:
+            continue
+        spi, number, sent_at = _PROBE.unpack_from(octets, 20)
+        if spi == _SPI + _SPIS:
+            break
+        if spi & ~0xFF == _SPI:
+            took.append(1000 * (time.monotonic() - sent_at))
+    took.sort()
+    seen = {"sent": number, "received": len(took), "median_ms": took[len(took) // 2], "worst_ms": took[-1]}
+    seen["p99_ms"] = took[len(took) * 99 // 100]
+    print(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "send":
+        _send(sys.argv[2], float(sys.argv[3]))
+    else:
+        _receive(sys.argv[2])
