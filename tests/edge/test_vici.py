@@ -8,6 +8,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from vici.protocol import FiniteStream, Message
 
 from fwd.core.sa import SaDeleted, SaEstablished, SaRekeyed, SaSnapshot, SaSourceAlive, SaSourceLost
 from fwd.edge import vici
@@ -119,6 +120,32 @@ def test_garbage_gives_events_or_the_declared_error(garbage, name):
             parse()
         except ViciAnswerError:
             pass
+
+
+MESSAGES = st.recursive(
+    st.binary(max_size=300) | st.lists(st.binary(max_size=5), max_size=3),
+    lambda inner: st.dictionaries(st.text(max_size=20), inner, max_size=5),
+    max_leaves=20,
+)
+
+
+@given(st.dictionaries(st.text(max_size=20), MESSAGES, max_size=4))
+def test_messages_are_read_as_strongswans_own_package_reads_them(message):
+    octets = Message.serialize(message)
+    assert vici.decode(octets) == Message.deserialize(FiniteStream(octets)) == message
+
+
+@given(st.dictionaries(st.text(max_size=5), MESSAGES, max_size=3), st.data())
+def test_a_message_that_is_cut_or_changed_is_read_as_another_or_is_the_declared_error(message, data):
+    octets = bytearray(Message.serialize(message))
+    for _ in range(data.draw(st.integers(0, 3))):
+        if octets:
+            octets[data.draw(st.integers(0, len(octets) - 1))] = data.draw(st.integers(0, 255))
+    cut = bytes(octets[: data.draw(st.integers(0, len(octets)))])
+    try:
+        assert isinstance(vici.decode(cut), dict)
+    except ViciAnswerError:
+        pass
 
 
 # --- a charon that misbehaves ---------------------------------------------------------------------------

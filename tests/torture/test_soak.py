@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections import Counter, deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from subprocess import DEVNULL
 from typing import Any
 
 import pytest
 
 from fwd import api as api_module
 from fwd.api import Api
+from fwd.cli.client import Client
 from fwd.core import sa as sa_module
 from fwd.core.firewall import Hook
 from fwd.core.health import Trouble
@@ -20,8 +24,12 @@ from fwd.core.interfaces import AddressPresent, LinkGone, LinkPresent
 from fwd.core.sa import SaDeleted, SaEstablished, SaRekeyed, SaSnapshot, SaSourceAlive, SaSourceLost
 from fwd.core.settings import PassThrough, TransitPorts, UnknownSpi
 from fwd.rpc import RpcError
+from lab.lab import default_config, wait_for
 from tests.builders import HERE, LEFT, PEER, RIGHT, WAN, Bench, child_sa, esp, esp_in_udp, ike, packed
+from tests.namespaces.conftest import accounted, witnessed
 from tests.torture.conftest import in_full
+from tests.torture.test_control_attacks import ATTACKER, PATH, READERS, as_user
+from tests.torture.test_strongswan_faults import rss_mib
 
 #: Values: what is in them is not looked into.
 ATOMS = (str, bytes, int, float, type(None), type)
@@ -165,3 +173,55 @@ def test_after_an_hour_of_churn_nothing_has_grown(transit_ports, monkeypatch):
     assert not grown
     assert whole["Watch._records"] <= len(churn.bench.firewall.table)
     assert churn.bench.firewall.counters.values[Trouble.UNKNOWN_SPI.counter]  # there was trouble enough
+
+
+def handles(pid):
+    """File descriptors, threads, and memory in MiB."""
+    return len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task")), rss_mib(pid)
+
+
+@pytest.mark.timeout(900)
+def test_ten_minutes_of_everything_on_real_packets(demo):
+    """Tunnels that are used, rekeyed, cut and set up again; charon killed; unknown SPIs; questions; attacks."""
+    host = demo.hosts["fwd"]
+    fwd = demo.start_fwd(default_config() + '[control]\nread-groups = ["games"]\n[timeouts]\nike = 10\n')
+    client = Client(str(host.path("/run/fwd/control.sock")))
+    seconds = in_full(600, 6)
+    demo.initiate("sites-v4", "sites-v6", "peer-v6")
+    pings = [demo.start_ping(name, count=20 * seconds, interval_s=0.05) for name in ("sites-v4", "sites-v6", "peer-v6")]
+    marks = []
+    turn = 0
+    begun = time.monotonic()
+    while time.monotonic() - begun < seconds:
+        turn += 1
+        spi = 100_000 + 1000 * turn
+        for destination in ("198.51.100.1", "203.0.113.2"):
+            demo.start_source("site-a", "198.51.100.2", destination, count=200, spis=20, first_spi=spi, rate=2000)
+        demo.charon(("fwd", "peer")[turn % 2]).rekey("peer-v6")
+        demo.charon("site-a").rekey("sites-v4")
+        demo.initiate("peer-v4")
+        assert demo.ping("peer-v4") == 3
+        sessions = list(client.sessions({}))
+        for session in sessions[-20:]:
+            with suppress(RpcError):  # it has just ended
+                client.call("explain.session", id=session["id"])
+        client.tunnels(None)
+        attack = ("crowd", "pipeline", "garbage", "unread")[turn % 4]
+        host.start([*as_user(4001, READERS), ATTACKER, PATH, attack, "1"], stdout=DEVNULL).wait(20)
+        demo.charon("peer").terminate("peer-v4")
+        if turn % 10 == 9:
+            demo.charon("fwd").kill()
+            demo.charon("fwd").start()
+            demo.initiate("peer-v6")
+        wait_for(lambda: client.call("tunnel.list")["source"]["connected"], "charon is heard")
+        marks.append((round(time.monotonic() - begun), *handles(fwd.pid)))
+    for ping in pings:
+        ping.end()
+    time.sleep(2)
+    client.close()
+    print("seconds, descriptors, threads, MiB:", *marks[:: max(1, len(marks) // 20)], marks[-1])
+    warm = marks[len(marks) // 3]
+    assert marks[-1][1] <= warm[1] and marks[-1][2] == warm[2]
+    assert marks[-1][3] - warm[3] < 16
+    assert accounted(fwd) == witnessed(demo)
+    assert "Traceback" not in fwd.log and "defect" not in fwd.log
