@@ -127,5 +127,10 @@ READS_PER_REQUEST: Final = 512
 CLEAR_SLICE: Final = 256
 CLEAR_ELEMENTS: Final = 1024
 
+#: A session that nobody answered gives way to a new one when there is no place, after so long without a packet; so many
+#: are looked at for it, for some of the oldest may still be speaking.
+HALF_OPEN_IDLE_S: Final = 10.0
+HALF_OPEN_LOOKS: Final = 4
+
 #: Gates that close in one go, and sessions that follow their gate, which takes some 4 ms.
 GATE_SLICE: Final = 256

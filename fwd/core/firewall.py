@@ -15,6 +15,7 @@ repeats the flow's verdict, in the daemon or in the kernel (`_count` brings its 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
@@ -29,6 +30,7 @@ from .constants import (
     CLOSE_WATCH_SPIS,
     ELEMENT_IDLE_S,
     GATE_SLICE,
+    HALF_OPEN_IDLE_S,
     LINKED_ENDED,
     LOOK_INTERVAL_S,
     LOOK_MAX_PACKETS,
@@ -59,6 +61,7 @@ from .gate import CLOSED, IkeGate
 from .health import Finding, Watch, ask_for_counts, compare, note_counts
 from .ike import IkeSa, IkeWatcher, Way, of_tunnel, peers_of
 from .interfaces import InterfaceEvent, InterfaceTable
+from .limits import HALF_OPEN, LimitReached, Limits
 from .packet import Kind, Packet, PacketError, packet_of, parse, peek
 from .pairing import SpiSessions, proven_pairs
 from .policy import Action, Rule, Verdict
@@ -131,6 +134,7 @@ class Firewall:
         self.table = SessionTable(settings.max_sessions, settings.keep_ended)
         self.ager = Ager(self.table, now)
         self.counters = Counters(now)
+        self.limits = Limits(settings.limits)
         self.directory = SaDirectory()
         self.interfaces = InterfaceTable()
         # One element each way is what most sessions need.
@@ -198,6 +202,8 @@ class Firewall:
                 flow = self._set_up(packet, key, hook, ingress, egress, now)
             except TableFull:
                 return self._drop("flow_table_full")
+            except LimitReached as limit:
+                return self._drop(limit.counter)
         session = flow.session
         if isinstance(key, FlowKey):  # of both directions
             flow = session.flow_of(packet)
@@ -209,6 +215,8 @@ class Firewall:
         if packet.kind is Kind.IKE and session.state is State.ACTIVE:
             self._note_ike(packet, flow, indev, outdev, now)
         counted = self._account(flow, packet, now)
+        if session.is_limited and self.limits.is_half_open(session):
+            self._note_answer(session, flow, packet)
         mtu = self.interfaces.mtu_of(ingress)
         if packet.is_fragment or packet.length > mtu:
             self._note_fragment(flow)
@@ -262,6 +270,7 @@ class Firewall:
             self.gate.open_all()
             self._to_gate = deque(self.table if settings.pass_through is PassThrough.IKE_GATED else ())
         self.settings = settings
+        self.limits.bounds = settings.limits
         self.table.capacity = settings.max_sessions
         self.table.keep_ended = settings.keep_ended
         self._zones_changed()
@@ -615,7 +624,10 @@ class Firewall:
     def _set_up(
         self, packet: Packet, key: Key, hook: int, ingress: int, egress: int, now: float, was: Found | None = None
     ) -> Flow:
-        """Open a session for a packet that belongs to none; `was` says if there was one before. Raises TableFull."""
+        """Open a session for a packet that belongs to none; `was` says if there was one before.
+
+        Raises TableFull or LimitReached.
+        """
         if not isinstance(key, FlowKey):
             sa = self.directory.lookup(key)
             if sa is not None:  # its session was refused or lost its place: make it now
@@ -623,7 +635,10 @@ class Firewall:
                 known = self.table.lookup(key)
                 if known is not None:
                     return known
-        if len(self.table) >= self.table.capacity:
+        is_limited = was is None and hook != Hook.OUTPUT
+        if is_limited:
+            self._ask_limits(packet, now)
+        if not self._has_place(now, now - HALF_OPEN_IDLE_S):
             raise TableFull
         application = GENERIC_APPLICATION[packet.kind]
         is_provisional = not isinstance(key, FlowKey)
@@ -652,6 +667,8 @@ class Firewall:
         )
         flow = session.flow(is_c2s)
         self._take_in(session, {key: flow})
+        if is_limited:
+            self.limits.enter(session)
         if is_provisional:
             self.counters.add("session_provisional")
         elif packet.kind is not Kind.IKE and hook == Hook.FORWARD:
@@ -664,6 +681,30 @@ class Firewall:
             session.refresh_s = 0
             self.ager.arm(session, self.settings.unknown_spi_grace_s, now)
         return flow
+
+    def _ask_limits(self, packet: Packet, now: float) -> None:
+        """Whether a packet from outside may open a session. Raises LimitReached."""
+        refusal = self.limits.refusal(packet.src, packet.dst)
+        if refusal is not None and not (refusal == HALF_OPEN and self._make_room(now, now - HALF_OPEN_IDLE_S)):
+            raise LimitReached(refusal)
+
+    def _has_place(self, now: float, before: float) -> bool:
+        """Whether the table has a place for another session, if need be that of one that was silent since then."""
+        capacity = self.table.capacity
+        return len(self.table) < capacity or (self._make_room(now, before) and len(self.table) < capacity)
+
+    def _has_place_for_tunnel(self, now: float) -> bool:
+        """The same for an announced tunnel, which is worth more than a session that nobody answered."""
+        return self._has_place(now, now - HALF_OPEN_IDLE_S) or self._has_place(now, math.inf)
+
+    def _make_room(self, now: float, before: float) -> bool:
+        """Let the oldest session that nobody answered give way, if it was silent since then; whether one did."""
+        session = self.limits.silent_since(before)
+        if session is None:
+            return False
+        self.counters.add("session_gave_way")
+        self._end(session, EndReason.AGED_OUT, now)
+        return True
 
     def _ask_gate(self, session: Session, was: Found | None, now: float) -> None:
         """Let the IKE gate between its peers have its say on a session in transit that a rule allows."""
@@ -692,6 +733,12 @@ class Firewall:
         for session in self.gate.due(now):
             if self.table.live(session.id) is session:
                 self._follow_gate(session, now)
+
+    def _note_answer(self, session: Session, flow: Flow, packet: Packet) -> None:
+        """A packet came by in a half-open session: whether it shows that both sides are there."""
+        is_answer = flow is session.s2c and session.c2s.packet_count and session.state is State.ACTIVE
+        if is_answer and (packet.kind is not Kind.IKE or (packet.ike is not None and packet.ike.is_agreed)):
+            self.limits.settle(session)
 
     def _note_ike(self, packet: Packet, flow: Flow, indev: int, outdev: int, now: float) -> None:
         """An IKE message that passed may open the gate between its peers."""
@@ -869,7 +916,8 @@ class Firewall:
             session.generations = tuple(generation for generation in session.generations if generation.sa != sa)
             return
         provisional = list(dict.fromkeys(other for other in holders.values() if other.is_provisional))
-        if is_new and len(self.table) - len(provisional) >= self.table.capacity:
+        has_place = len(self.table) - len(provisional) < self.table.capacity
+        if is_new and not has_place and (provisional or not self._has_place_for_tunnel(now)):
             return  # the first packet tries again, and is counted if there is still no place
         if is_new and provisional:
             session.id = min(other.id for other in provisional)
@@ -942,6 +990,7 @@ class Firewall:
         `turned`: what is c2s there is s2c here.
         """
         self.table.remove(provisional)
+        self.limits.leave(provisional)
         self.gate.leave(provisional)
         flows = [session.flow((element.flow is provisional.c2s) != turned) for element in provisional.elements]
         for is_c2s in (True, False):
@@ -949,6 +998,8 @@ class Firewall:
         for element, flow in zip(provisional.elements, flows, strict=True):
             element.use = flow.note_spi(element.use.spi, element.seen_at)
         session.elements += provisional.elements
+        if session.c2s.packet_count and session.s2c.packet_count:
+            self.limits.settle(session)
         self.counters.add("session_absorbed")
         if provisional.id != session.id:  # else it goes on under its id
             self._events.append(SessionAbsorbed(provisional, session.id))
@@ -1063,6 +1114,7 @@ class Firewall:
             session.end_reason = reason
         self.fast_path.withdraw(session.elements)
         self.table.end(session, now)
+        self.limits.leave(session)
         self.gate.leave(session)
         self.spi_sessions.leave(session)
         self._unclaimed.pop(session, None)

@@ -1,0 +1,135 @@
+"""How many sessions anybody may open: limits by source, by pair of peers, and on sessions that nobody has answered.
+
+Counted are the sessions that a packet from outside opened. Those that the IKE daemon announces are under no limit, for
+their peers are authenticated; nor are those that this host opens by sending.
+
+Half-open is a session of which no packet has come back: who forges a source gets no answer. Of those the oldest gives
+way to a new one when there is no place, if it was silent for HALF_OPEN_IDLE_S, and to an announced tunnel in any case;
+a session that was answered never does.
+All of it is counted as sessions come and go, never by looking through the table.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Final
+
+from .constants import HALF_OPEN_LOOKS
+
+if TYPE_CHECKING:
+    from .session import Session
+
+#: The drop counters of what is refused.
+BY_SOURCE: Final = "flow_limit_source"
+BY_PEERS: Final = "flow_limit_peers"
+HALF_OPEN: Final = "flow_limit_half_open"
+
+#: Whoever has one IPv6 address has the whole /64 of it (RFC 4291 section 2.5.4), in bytes.
+_IPV6_SOURCE: Final = 8
+
+
+class LimitReached(Exception):
+    """There may be no further session of this kind; nothing was changed."""
+
+    def __init__(self, counter: str) -> None:
+        super().__init__(counter)
+        self.counter = counter
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The most sessions of one source, between two peers, and half-open in all; 0: as many as there is place for."""
+
+    source: int = 0
+    peers: int = 0
+    half_open: int = 0
+
+
+def source_of(address: bytes) -> bytes:
+    """What counts as one source: an IPv4 address, or an IPv6 /64."""
+    return address if len(address) == 4 else address[:_IPV6_SOURCE]
+
+
+class Limits:
+    """Who has how many sessions."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
+        self._of_source: dict[bytes, int] = {}
+        self._of_peers: dict[bytes, int] = {}
+        #: The oldest first. A plain dict takes long to find its first entry after many have gone.
+        self._half_open: OrderedDict[Session, None] = OrderedDict()
+
+    @property
+    def half_open_count(self) -> int:
+        """Sessions that nobody has answered yet."""
+        return len(self._half_open)
+
+    def most(self) -> tuple[int, int]:
+        """How many sessions the busiest source has, and the busiest pair of peers. Looks through all of them."""
+        return max(self._of_source.values(), default=0), max(self._of_peers.values(), default=0)
+
+    def counts(self, client: bytes, server: bytes) -> tuple[int, int]:
+        """How many sessions this source has, and these two peers."""
+        return self._of_source.get(source_of(client), 0), self._of_peers.get(_peers(client, server), 0)
+
+    def refusal(self, client: bytes, server: bytes) -> str | None:
+        """The drop counter of the limit that forbids another session, None if none does."""
+        bounds = self.bounds
+        if bounds.source and self._of_source.get(source_of(client), 0) >= bounds.source:
+            return BY_SOURCE
+        if bounds.peers and self._of_peers.get(_peers(client, server), 0) >= bounds.peers:
+            return BY_PEERS
+        if bounds.half_open and len(self._half_open) >= bounds.half_open:
+            return HALF_OPEN
+        return None
+
+    def enter(self, session: Session) -> None:
+        """Count a session that a packet from outside has opened; it is half-open."""
+        source = source_of(session.c2s.address)
+        peers = _peers(session.c2s.address, session.s2c.address)
+        self._of_source[source] = self._of_source.get(source, 0) + 1
+        self._of_peers[peers] = self._of_peers.get(peers, 0) + 1
+        self._half_open[session] = None
+        session.is_limited = True
+
+    def is_half_open(self, session: Session) -> bool:
+        """Whether nobody has answered it yet."""
+        return session in self._half_open
+
+    def settle(self, session: Session) -> None:
+        """Somebody has answered: nothing pushes it out any more."""
+        self._half_open.pop(session, None)
+
+    def leave(self, session: Session) -> None:
+        """Count it no more, whatever it ended by; one that was never counted does no harm."""
+        if not session.is_limited:
+            return
+        session.is_limited = False
+        self._half_open.pop(session, None)
+        _less(self._of_source, source_of(session.c2s.address))
+        _less(self._of_peers, _peers(session.c2s.address, session.s2c.address))
+
+    def silent_since(self, before: float) -> Session | None:
+        """The oldest half-open session, if it saw no packet since then: it may give way. Others go to the end."""
+        for session in list(islice(self._half_open, HALF_OPEN_LOOKS)):
+            if session.last_seen_at < before:
+                return session
+            if session.created_at >= before:
+                return None  # those behind it are younger, or were heard not long ago
+            self._half_open.move_to_end(session)
+        return None
+
+
+def _peers(a: bytes, b: bytes) -> bytes:
+    return a + b if a < b else b + a
+
+
+def _less(counts: dict[bytes, int], key: bytes) -> None:
+    left = counts[key] - 1
+    if left:
+        counts[key] = left
+    else:
+        del counts[key]
