@@ -215,8 +215,8 @@ class Firewall:
         if packet.kind is Kind.IKE and session.state is State.ACTIVE:
             self._note_ike(packet, flow, indev, outdev, now)
         counted = self._account(flow, packet, now)
-        if session.is_limited and self.limits.is_half_open(session):
-            self._note_answer(session, flow, packet)
+        if flow is session.s2c and session.is_limited:
+            self._note_answer(session, packet)
         mtu = self.interfaces.mtu_of(ingress)
         if packet.is_fragment or packet.length > mtu:
             self._note_fragment(flow)
@@ -270,7 +270,7 @@ class Firewall:
             self.gate.open_all()
             self._to_gate = deque(self.table if settings.pass_through is PassThrough.IKE_GATED else ())
         self.settings = settings
-        self.limits.bounds = settings.limits
+        self.limits.set_bounds(settings.limits)
         self.table.capacity = settings.max_sessions
         self.table.keep_ended = settings.keep_ended
         self._zones_changed()
@@ -636,9 +636,14 @@ class Firewall:
                 if known is not None:
                     return known
         is_limited = was is None and hook != Hook.OUTPUT
-        if is_limited:
-            self._ask_limits(packet, now)
-        if not self._has_place(now, now - HALF_OPEN_IDLE_S):
+        if is_limited and (refusal := self.limits.admit(packet.src, packet.dst)) is not None:
+            if refusal == HALF_OPEN and self._make_room(now, now - HALF_OPEN_IDLE_S):
+                refusal = self.limits.admit(packet.src, packet.dst)
+            if refusal is not None:
+                raise LimitReached(refusal)
+        if len(self.table) >= self.table.capacity and not self._has_place(now, now - HALF_OPEN_IDLE_S):
+            if is_limited:
+                self.limits.retract(packet.src, packet.dst)
             raise TableFull
         application = GENERIC_APPLICATION[packet.kind]
         is_provisional = not isinstance(key, FlowKey)
@@ -681,12 +686,6 @@ class Firewall:
             session.refresh_s = 0
             self.ager.arm(session, self.settings.unknown_spi_grace_s, now)
         return flow
-
-    def _ask_limits(self, packet: Packet, now: float) -> None:
-        """Whether a packet from outside may open a session. Raises LimitReached."""
-        refusal = self.limits.refusal(packet.src, packet.dst)
-        if refusal is not None and not (refusal == HALF_OPEN and self._make_room(now, now - HALF_OPEN_IDLE_S)):
-            raise LimitReached(refusal)
 
     def _has_place(self, now: float, before: float) -> bool:
         """Whether the table has a place for another session, if need be that of one that was silent since then."""
@@ -734,9 +733,9 @@ class Firewall:
             if self.table.live(session.id) is session:
                 self._follow_gate(session, now)
 
-    def _note_answer(self, session: Session, flow: Flow, packet: Packet) -> None:
-        """A packet came by in a half-open session: whether it shows that both sides are there."""
-        is_answer = flow is session.s2c and session.c2s.packet_count and session.state is State.ACTIVE
+    def _note_answer(self, session: Session, packet: Packet) -> None:
+        """The server sent something: a session is not half-open if that shows that both sides are there."""
+        is_answer = session.c2s.packet_count and session.state is State.ACTIVE
         if is_answer and (packet.kind is not Kind.IKE or (packet.ike is not None and packet.ike.is_agreed)):
             self.limits.settle(session)
 

@@ -11,6 +11,7 @@ All of it is counted as sessions come and go, never by looking through the table
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import islice
@@ -56,11 +57,18 @@ class Limits:
     """Who has how many sessions."""
 
     def __init__(self, bounds: Bounds) -> None:
-        self.bounds = bounds
+        self.set_bounds(bounds)
         self._of_source: dict[bytes, int] = {}
         self._of_peers: dict[bytes, int] = {}
         #: The oldest first. A plain dict takes long to find its first entry after many have gone.
         self._half_open: OrderedDict[Session, None] = OrderedDict()
+
+    def set_bounds(self, bounds: Bounds) -> None:
+        """Take other limits for all sessions to come."""
+        self.bounds = bounds
+        self._most_of_source = bounds.source or math.inf
+        self._most_of_peers = bounds.peers or math.inf
+        self._most_half_open = bounds.half_open or math.inf
 
     @property
     def half_open_count(self) -> int:
@@ -77,23 +85,40 @@ class Limits:
 
     def refusal(self, client: bytes, server: bytes) -> str | None:
         """The drop counter of the limit that forbids another session, None if none does."""
-        bounds = self.bounds
-        if bounds.source and self._of_source.get(source_of(client), 0) >= bounds.source:
+        of_source, of_peers = self.counts(client, server)
+        if of_source >= self._most_of_source:
             return BY_SOURCE
-        if bounds.peers and self._of_peers.get(_peers(client, server), 0) >= bounds.peers:
+        if of_peers >= self._most_of_peers:
             return BY_PEERS
-        if bounds.half_open and len(self._half_open) >= bounds.half_open:
+        return HALF_OPEN if len(self._half_open) >= self._most_half_open else None
+
+    def admit(self, client: bytes, server: bytes) -> str | None:
+        """Count a session that a packet from outside is about to open; or say by which drop counter it is refused.
+
+        To be followed by `enter` or `retract`. It is in a hurry: a flood comes through here.
+        """
+        source = client if len(client) == 4 else client[:_IPV6_SOURCE]
+        peers = client + server if client < server else server + client
+        of_source, of_peers = self._of_source.get(source, 0), self._of_peers.get(peers, 0)
+        if of_source >= self._most_of_source:
+            return BY_SOURCE
+        if of_peers >= self._most_of_peers:
+            return BY_PEERS
+        if len(self._half_open) >= self._most_half_open:
             return HALF_OPEN
+        self._of_source[source] = of_source + 1
+        self._of_peers[peers] = of_peers + 1
         return None
 
     def enter(self, session: Session) -> None:
-        """Count a session that a packet from outside has opened; it is half-open."""
-        source = source_of(session.c2s.address)
-        peers = _peers(session.c2s.address, session.s2c.address)
-        self._of_source[source] = self._of_source.get(source, 0) + 1
-        self._of_peers[peers] = self._of_peers.get(peers, 0) + 1
+        """The session that was admitted is there; it is half-open."""
         self._half_open[session] = None
         session.is_limited = True
+
+    def retract(self, client: bytes, server: bytes) -> None:
+        """The session that was admitted did not come about."""
+        _less(self._of_source, source_of(client))
+        _less(self._of_peers, _peers(client, server))
 
     def is_half_open(self, session: Session) -> bool:
         """Whether nobody has answered it yet."""
@@ -109,8 +134,7 @@ class Limits:
             return
         session.is_limited = False
         self._half_open.pop(session, None)
-        _less(self._of_source, source_of(session.c2s.address))
-        _less(self._of_peers, _peers(session.c2s.address, session.s2c.address))
+        self.retract(session.c2s.address, session.s2c.address)
 
     def silent_since(self, before: float) -> Session | None:
         """The oldest half-open session, if it saw no packet since then: it may give way. Others go to the end."""
