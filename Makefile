@@ -77,6 +77,7 @@ install:
 	@test -e /etc/fwd/fwd.toml || $(SUDO) install -m 644 systemd/fwd.toml /etc/fwd/fwd.toml
 	$(SUDO) install -D -m 644 systemd/fwd.sysusers /usr/local/lib/sysusers.d/fwd.conf
 	$(SUDO) install -D -m 644 systemd/fwd.service /etc/systemd/system/fwd.service
+	$(SUDO) install -D -m 644 systemd/strongswan.conf /etc/systemd/system/strongswan.service.d/fwd.conf
 	$(SUDO) systemd-sysusers /usr/local/lib/sysusers.d/fwd.conf
 	@if [ -d /run/systemd/system ]; then $(SUDO) systemctl daemon-reload; fi
 	@echo "Installed. Look at /etc/fwd/fwd.toml, then: systemctl enable --now fwd"
@@ -84,7 +85,8 @@ install:
 uninstall:
 	@if [ -d /run/systemd/system -a -e /etc/systemd/system/fwd.service ]; then $(SUDO) systemctl disable --now fwd; fi
 	$(SUDO) rm -rf $(INSTALLED) /usr/local/share/doc/fwd
-	$(SUDO) rm -f /usr/local/sbin/fwd /usr/local/bin/fwctl /usr/local/lib/sysusers.d/fwd.conf /etc/systemd/system/fwd.service
+	$(SUDO) rm -f /usr/local/sbin/fwd /usr/local/bin/fwctl /usr/local/lib/sysusers.d/fwd.conf \
+	  /etc/systemd/system/fwd.service /etc/systemd/system/strongswan.service.d/fwd.conf
 	@if [ -d /run/systemd/system ]; then $(SUDO) systemctl daemon-reload; fi
 	@echo "Removed. /etc/fwd is left: it is yours."
 

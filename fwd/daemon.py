@@ -43,7 +43,7 @@ from .edge.control import Access, ControlError, ControlServer
 from .edge.interfaces import InterfaceError, InterfaceWatcher
 from .edge.kernel_path import KernelPath
 from .edge.nfqueue import PacketQueue, QueueError
-from .edge.queue_stats import kernel_queue_stats
+from .edge.queue_stats import UNREADABLE, is_readable, kernel_queue_stats
 from .edge.ruleset import Backend, Ruleset, RulesetError
 from .edge.vici import ViciListener
 
@@ -106,6 +106,7 @@ class Daemon:
         self._is_ready = False
         self._is_reload_due = False
         self._is_handing_over = False
+        self._is_blind = False
         self._loop = asyncio.get_running_loop()
 
     async def run(self) -> int:
@@ -333,6 +334,9 @@ class Daemon:
         values = self._firewall.counters.values
         values["control_request"], values["control_refused"] = self._control.requests, self._control.refused
         stats = kernel_queue_stats(self._queue.number)
+        if stats is None and not self._is_blind and not is_readable():
+            self._is_blind = True
+            log.warning("what the kernel drops before fwd cannot be counted: %s", UNREADABLE)
         if stats is not None:
             values["queue_kernel_drop"], values["queue_socket_drop"] = stats.queue_dropped, stats.socket_dropped
 
@@ -361,7 +365,7 @@ class Daemon:
             "rules": len(self._config.rules),
             "default-rule": f"{self._config.default_rule.name} ({self._config.default_rule.action})",
             "queue": plane.queue,
-            "queue-waiting": stats.waiting if stats else 0,
+            "queue-waiting": stats.waiting if stats else 0 if is_readable() else f"unknown: {UNREADABLE}",
             "queue-rules": self._ruleset.description,
             "fast-path": self._fast_path_in_words(),
             "without-fwd": "packets pass (fail-open)" if plane.fail == "open" else "packets are dropped (fail-closed)",
