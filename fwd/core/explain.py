@@ -5,6 +5,7 @@ Sentences come in groups: (heading, sentences). `clock` turns monotonic seconds 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -222,7 +223,8 @@ def _limits(firewall: Firewall, packet: Packet) -> Iterator[Group]:
     of_source, of_peers = limits.counts(packet.src, packet.dst)
     reached = None
     if firewall.interfaces.owner_of(packet.src) is None:  # what this host itself sends is under no limit
-        reached = limits.refusal(packet.src, packet.dst)
+        room = math.inf if firewall.is_acquainted(packet.src, packet.dst) else 1.0
+        reached = limits.refusal(packet.src, packet.dst, room)
     is_full = len(table) >= table.capacity
     yes = "gives way, if it was silent for a while; else it would be dropped"
     sentences = {

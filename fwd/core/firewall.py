@@ -31,6 +31,7 @@ from .constants import (
     ELEMENT_IDLE_S,
     GATE_SLICE,
     HALF_OPEN_IDLE_S,
+    IKE_ROOM,
     LINKED_ENDED,
     LOOK_INTERVAL_S,
     LOOK_MAX_PACKETS,
@@ -637,11 +638,11 @@ class Firewall:
                     return known
         is_limited = was is None and hook != Hook.OUTPUT
         if is_limited and (refusal := self.limits.admit(packet.src, packet.dst)) is not None:
-            if refusal == HALF_OPEN and self._make_room(now, now - HALF_OPEN_IDLE_S):
-                refusal = self.limits.admit(packet.src, packet.dst)
+            if refusal == HALF_OPEN:
+                refusal = self._admit_all_the_same(packet, now)
             if refusal is not None:
                 raise LimitReached(refusal)
-        if len(self.table) >= self.table.capacity and not self._has_place(now, now - HALF_OPEN_IDLE_S):
+        if len(self.table) >= self.table.capacity and not self._has_place_for(packet, now):
             if is_limited:
                 self.limits.retract(packet.src, packet.dst)
             raise TableFull
@@ -674,6 +675,8 @@ class Firewall:
         self._take_in(session, {key: flow})
         if is_limited:
             self.limits.enter(session)
+        elif was is not None and hook != Hook.OUTPUT:
+            self.limits.take_over(session)
         if is_provisional:
             self.counters.add("session_provisional")
         elif packet.kind is not Kind.IKE and hook == Hook.FORWARD:
@@ -686,6 +689,28 @@ class Firewall:
             session.refresh_s = 0
             self.ager.arm(session, self.settings.unknown_spi_grace_s, now)
         return flow
+
+    def _admit_all_the_same(self, packet: Packet, now: float) -> str | None:
+        """There are as many half-open sessions as strangers may have; gives the refusal, if it is one."""
+        src, dst = packet.src, packet.dst
+        room = math.inf if self.is_acquainted(src, dst) else IKE_ROOM if packet.kind is Kind.IKE else 1.0
+        refusal = self.limits.admit(src, dst, room)
+        if refusal == HALF_OPEN and self._make_room(now, now - HALF_OPEN_IDLE_S):
+            refusal = self.limits.admit(src, dst, room)
+        return refusal
+
+    def is_acquainted(self, a: bytes, b: bytes) -> bool:
+        """Whether these two have answered each other before, as far as anybody remembers, or have a tunnel here."""
+        if self.limits.has_answered(a, b) or self._tunnels.between(a, b):
+            return True
+        record = self.ike.record(a, b)
+        return record is not None and any(sa.completed_at is not None for sa in record.ike_sas.values())
+
+    def _has_place_for(self, packet: Packet, now: float) -> bool:
+        """Whether the table has a place for a session that this packet opens."""
+        if self._has_place(now, now - HALF_OPEN_IDLE_S):
+            return True
+        return self.is_acquainted(packet.src, packet.dst) and self._has_place(now, math.inf)
 
     def _has_place(self, now: float, before: float) -> bool:
         """Whether the table has a place for another session, if need be that of one that was silent since then."""

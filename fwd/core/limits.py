@@ -3,9 +3,11 @@
 Counted are the sessions that a packet from outside opened. Those that the IKE daemon announces are under no limit, for
 their peers are authenticated; nor are those that this host opens by sending.
 
-Half-open is a session of which no packet has come back: who forges a source gets no answer. Of those the oldest gives
-way to a new one when there is no place, if it was silent for HALF_OPEN_IDLE_S, and to an announced tunnel in any case;
-a session that was answered never does.
+Half-open is a session of which no packet has come back: who forges a source gets no answer. These have a limit of their
+own, for strangers: it does not hold for peers that have a session that was answered, a tunnel of this host, or a
+complete IKE exchange behind them. IKE may have IKE_ROOM times as many. Without a place, the oldest half-open session
+gives way to a new one if it was silent for HALF_OPEN_IDLE_S, and to a tunnel of this host in any case; one that was
+answered never does.
 All of it is counted as sessions come and go, never by looking through the table.
 """
 
@@ -60,6 +62,8 @@ class Limits:
         self.set_bounds(bounds)
         self._of_source: dict[bytes, int] = {}
         self._of_peers: dict[bytes, int] = {}
+        #: Of the sessions of two peers, those that are not half-open.
+        self._answered: dict[bytes, int] = {}
         #: The oldest first. A plain dict takes long to find its first entry after many have gone.
         self._half_open: OrderedDict[Session, None] = OrderedDict()
 
@@ -83,19 +87,20 @@ class Limits:
         """How many sessions this source has, and these two peers."""
         return self._of_source.get(source_of(client), 0), self._of_peers.get(_peers(client, server), 0)
 
-    def refusal(self, client: bytes, server: bytes) -> str | None:
-        """The drop counter of the limit that forbids another session, None if none does."""
+    def refusal(self, client: bytes, server: bytes, room: float = 1.0) -> str | None:
+        """What `admit` would say, but nothing is counted."""
         of_source, of_peers = self.counts(client, server)
         if of_source >= self._most_of_source:
             return BY_SOURCE
         if of_peers >= self._most_of_peers:
             return BY_PEERS
-        return HALF_OPEN if len(self._half_open) >= self._most_half_open else None
+        return HALF_OPEN if len(self._half_open) >= self._most_half_open * room else None
 
-    def admit(self, client: bytes, server: bytes) -> str | None:
+    def admit(self, client: bytes, server: bytes, room: float = 1.0) -> str | None:
         """Count a session that a packet from outside is about to open; or say by which drop counter it is refused.
 
-        To be followed by `enter` or `retract`. It is in a hurry: a flood comes through here.
+        `room`: how many times the limit of half-open sessions there may be. To be followed by `enter` or `retract`.
+        It is in a hurry: a flood comes through here.
         """
         source = client if len(client) == 4 else client[:_IPV6_SOURCE]
         peers = client + server if client < server else server + client
@@ -104,7 +109,7 @@ class Limits:
             return BY_SOURCE
         if of_peers >= self._most_of_peers:
             return BY_PEERS
-        if len(self._half_open) >= self._most_half_open:
+        if len(self._half_open) >= self._most_half_open * room:
             return HALF_OPEN
         self._of_source[source] = of_source + 1
         self._of_peers[peers] = of_peers + 1
@@ -120,20 +125,38 @@ class Limits:
         _less(self._of_source, source_of(client))
         _less(self._of_peers, _peers(client, server))
 
+    def take_over(self, session: Session) -> None:
+        """Count a session that was there before this daemon, whatever the limits are; somebody has answered it."""
+        source, peers = source_of(session.c2s.address), _peers(session.c2s.address, session.s2c.address)
+        self._of_source[source] = self._of_source.get(source, 0) + 1
+        self._of_peers[peers] = self._of_peers.get(peers, 0) + 1
+        self.enter(session)
+        self.settle(session)
+
+    def has_answered(self, a: bytes, b: bytes) -> bool:
+        """Whether these two have a session that is not half-open."""
+        return _peers(a, b) in self._answered
+
     def is_half_open(self, session: Session) -> bool:
         """Whether nobody has answered it yet."""
         return session in self._half_open
 
     def settle(self, session: Session) -> None:
-        """Somebody has answered: nothing pushes it out any more."""
-        self._half_open.pop(session, None)
+        """Somebody has answered: nothing pushes it out any more. Once is enough."""
+        if session in self._half_open:
+            del self._half_open[session]
+            peers = _peers(session.c2s.address, session.s2c.address)
+            self._answered[peers] = self._answered.get(peers, 0) + 1
 
     def leave(self, session: Session) -> None:
         """Count it no more, whatever it ended by; one that was never counted does no harm."""
         if not session.is_limited:
             return
         session.is_limited = False
-        self._half_open.pop(session, None)
+        if session in self._half_open:
+            del self._half_open[session]
+        else:
+            _less(self._answered, _peers(session.c2s.address, session.s2c.address))
         self.retract(session.c2s.address, session.s2c.address)
 
     def silent_since(self, before: float) -> Session | None:

@@ -35,7 +35,7 @@ def is_readable() -> bool:
 
 
 def kernel_queue_stats(queue: int) -> QueueStats | None:
-    """The kernel's counts for a queue of this network namespace; None if nobody has it bound, or that is root's alone."""
+    """The kernel's counts for a queue of this namespace; None if nobody has it bound, or they are root's alone."""
     try:
         return parse_queue_stats(_PATH.read_text("ascii"), queue)
     except (OSError, UnicodeDecodeError):

@@ -126,7 +126,7 @@ class TestHalfOpen:
         bench.forward(esp(RIGHT, "10.0.0.1", 2), to_left=True)
         answered = bench.session
         for host in range(2, 100):
-            bench.now += 11
+            bench.now += 31
             bench.forward(esp(f"10.0.0.{host}", RIGHT, 1))
         assert answered in bench.sessions and len(bench.sessions) == 2
         assert bench.count("session_gave_way") == 97
@@ -135,7 +135,7 @@ class TestHalfOpen:
         bench = Bench(limits=Bounds(half_open=2))
         bench.forward(esp("10.0.0.1", RIGHT, 1))
         bench.forward(esp("10.0.0.2", RIGHT, 1))
-        bench.now += 9
+        bench.now += 29
         bench.forward(esp("10.0.0.1", RIGHT, 1))
         assert not bench.forward(esp("10.0.0.3", RIGHT, 1))
         bench.now += 2
@@ -145,10 +145,37 @@ class TestHalfOpen:
 
     def test_one_that_the_kernel_hears_does_not_give_way(self):
         bench = Bench(fast_path=True, limits=Bounds(half_open=1))
-        for _ in range(30):
+        for _ in range(70):
             bench.forward(esp("10.0.0.1", RIGHT, 1))
             bench.wait(1)
         assert not bench.forward(esp("10.0.0.2", RIGHT, 1))
+
+    def test_peers_that_know_each_other_rekey_while_strangers_are_refused(self):
+        bench = bench_of(half_open=2)
+        bench.forward(esp(LEFT, RIGHT, 1))
+        bench.forward(esp(RIGHT, LEFT, 2), to_left=True)
+        for message in (0x08, 0x20):
+            a, b = (LEFT, RIGHT) if message == 0x08 else (RIGHT, LEFT)
+            bench.forward(ike_message(a, b, 35, message, 0x2222), to_left=message == 0x20)
+        for host in range(20):
+            bench.forward(esp(f"10.0.0.{host}", RIGHT, 1))
+        assert bench.forward(esp(LEFT, RIGHT, 11)) and bench.forward(esp(RIGHT, LEFT, 12), to_left=True)
+        assert bench.forward(ike(LEFT, RIGHT))
+
+    def test_of_a_tunnel_that_ends_here_ike_goes_on_too(self):
+        bench = Bench(limits=Bounds(half_open=1), max_sessions=3)
+        bench.sas(SaEstablished(SA))
+        for host in range(5):
+            bench.receive(esp(f"10.0.0.{host}", HERE, 1 + host))
+        assert bench.count("flow_limit_half_open") == 4 and bench.receive(ike(PEER, HERE))
+        bench.forward(esp(LEFT, RIGHT, 1))
+        assert bench.receive(ike(PEER, HERE, 4500))  # in the place of a stranger, for the table is full
+
+    def test_a_flood_of_esp_leaves_room_for_ike(self):
+        bench = Bench(limits=Bounds(half_open=2))
+        for host in range(5):
+            bench.forward(esp(f"10.0.0.{host}", RIGHT, 1))
+        assert [bench.forward(ike(f"10.0.1.{host}", RIGHT)) for host in range(3)] == [True, False, False]
 
     def test_ike_that_only_begins_proves_nothing(self):
         bench = Bench(limits=Bounds(half_open=1))
@@ -172,7 +199,7 @@ class TestHalfOpen:
     def test_what_a_rule_denied_gives_way_too(self):
         bench = Bench(DENY_ALL, limits=Bounds(half_open=1))
         bench.forward(esp("10.0.0.1", RIGHT, 1))
-        bench.now += 11
+        bench.now += 31
         bench.forward(esp("10.0.0.2", RIGHT, 1))
         assert bench.session.client.address == packed("10.0.0.2")
 
@@ -241,7 +268,7 @@ def test_whatever_comes_all_is_counted(seed):
             case 6:
                 bench.sas(SaEstablished(child_sa(spi, 100 + spi, reqid=spi, remote=packed(other))))
             case _:
-                bench.wait(dice.choice((0.1, 1, 6, 12)))
+                bench.wait(dice.choice((0.1, 1, 6, 35)))
     for session in bench.sessions:
         bench.clear(session)
     assert bench.firewall.limits.half_open_count == sum(map(bench.firewall.limits.is_half_open, bench.sessions))
