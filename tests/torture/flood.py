@@ -30,6 +30,14 @@ table ip sink {
   }
 }
 """
+_SENDER = """
+table ip sender {
+  chain output {
+    type filter hook output priority raw
+    ip saddr 198.51.100.2 ip protocol esp @th,0,32 4096 counter
+  }
+}
+"""
 
 
 class Flood:
@@ -41,8 +49,10 @@ class Flood:
         self._fwd.run(["ethtool", "-K", link, "gro", "on"])  # gives the veth the NAPI that live frames need
         self._mac = self._fwd.run(["cat", f"/sys/class/net/{link}/address"]).stdout.strip()
         self._fwd.run(["ping", "-c", "1", "203.0.113.2"])  # forged packets wait for no ARP
-        lab.hosts["site-b"].path("/run/sink.nft").write_text(_SINK)
-        lab.hosts["site-b"].run(["nft", "-f", "/run/sink.nft"])
+        self._lab = lab
+        for name, table in (("site-b", _SINK), ("site-a", _SENDER)):
+            lab.hosts[name].path("/run/counts.nft").write_text(table)
+            lab.hosts[name].run(["nft", "-f", "/run/counts.nft"])
 
     def start(
         self, count: int, *, rate: int = 0, sources: int = 1, spis: int = 1, destination: str = "203.0.113.2"
@@ -57,22 +67,24 @@ class Flood:
         process = self.start(count, **options)  # type: ignore[arg-type]
         assert process.wait(120) == 0
 
+    def streamed(self) -> tuple[int, int]:
+        """How many packets of the steady stream were sent, and how many have arrived."""
+        listed = (self._lab.hosts[host].run(["nft", "list", "ruleset"]).stdout for host in ("site-a", "site-b"))
+        sent, arrived = (int(text.rpartition("packets")[2].split()[0]) for text in listed)
+        return sent, arrived
+
+    def stream(self, seconds: float) -> tuple[float, float]:
+        """Packets a second of the steady stream: what arrives, what is sent."""
+        (sent, arrived), began = self.streamed(), time.monotonic()
+        time.sleep(seconds)
+        (sent_now, arrived_now), elapsed = self.streamed(), time.monotonic() - began
+        return (arrived_now - arrived) / elapsed, (sent_now - sent) / elapsed
+
 
 def pin(fwd: Fwd) -> None:
     """Keep fwd on its CPU."""
     for task in Path(f"/proc/{fwd.pid}/task").iterdir():
         os.sched_setaffinity(int(task.name), {FWD_CPU})
-
-
-def streamed(lab: Lab) -> int:
-    """How many packets of the steady stream have arrived."""
-    listed = lab.hosts["site-b"].run(["nft", "list", "table", "ip", "sink"]).stdout
-    return int(listed.split("packets")[2].split()[0])
-
-
-def ask(lab: Lab) -> Client:
-    """A client of fwd that needs no process of its own."""
-    return Client(str(lab.hosts["fwd"].path("/run/fwd/control.sock")))
 
 
 def counters(client: Client) -> dict[str, int]:
