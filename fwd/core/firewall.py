@@ -155,6 +155,7 @@ class Firewall:
         self._to_gate: deque[Session] = deque()
         self._to_watch: deque[Session] = deque()
         self._next_watch_at = 0.0
+        self._no_looks_before = 0.0
         #: Sessions that are looked at closely because a new SPI came up, and until when.
         self._close_watch: dict[Session, float] = {}
         self._next_close_watch_at = 0.0
@@ -328,6 +329,8 @@ class Firewall:
         for counter, amount in self.counters.sample(now):
             value = self.counters.values[counter.name]
             self._events.append(CounterRose(counter.name, counter.description, amount, value))
+            if (counter.severity, counter.aspect) == ("drop", "resource"):
+                self._look_no_more(now)
         for session in self.ager.due(now):
             self._expire(session, now)
             if self.fast_path.asked_count >= READS_PER_REQUEST:
@@ -356,6 +359,13 @@ class Firewall:
         factor = self.settings.ageing_factor if is_pressed else 1
         if factor != self.ager.factor:
             self.ager.set_factor(factor, now)
+
+    def _look_no_more(self, now: float) -> None:
+        """In a flood, a packet that comes here to be looked at may be lost, and all after it until one is not."""
+        self._no_looks_before = now + LOOK_INTERVAL_S
+        for element in self.fast_path.take_looked_at():
+            reading = (element.kernel_packets, element.kernel_bytes)
+            self.fast_path.learn(element.key, element.use, element.verdict, reading, now, element.mtu)
 
     def next_event(self) -> Event | None:
         """What happened next, in order; None when all is told.
@@ -393,7 +403,8 @@ class Firewall:
                         to_look_at.append(element)
                 elif element.seen_at < idle_since and element.place is Place.KERNEL:
                     self.fast_path.withdraw((element,))
-        self.fast_path.look_at(e for e in to_look_at[:LOOKS_PER_TURN] if e.place is Place.KERNEL)
+        if now >= self._no_looks_before:
+            self.fast_path.look_at(e for e in to_look_at[:LOOKS_PER_TURN] if e.place is Place.KERNEL)
         asked, self._asked = self._asked, []
         for session in asked:
             if self.table.live(session.id) is not session:

@@ -77,7 +77,7 @@ def test_a_full_table_refuses_counts_and_keeps_what_it_has(demo, ask):
     after = resident_bytes(fwd.pid)
     print(f"{(full - empty) / size:.0f} bytes a session; fwd has {full} bytes, {after} after ten times as many packets")
     assert client.call("session.info")["sessions_allocated"] == size
-    assert after - full < 2**23 and (full - empty) < max(4096 * size, 2**25)
+    assert after < 1.15 * full and full - empty < max(4096 * size, 2**25)
     wait_for(lambda: client.call("session.info")["accelerated_ageing"]["active"], "time runs faster")
     assert counters(client)["flow_table_full"] > 0
     time.sleep(1.5)  # no IKE session is left: a new one of the same peers takes a stranger's place
