@@ -364,8 +364,9 @@ class Firewall:
         """In a flood, a packet that comes here to be looked at may be lost, and all after it until one is not."""
         self._no_looks_before = now + LOOK_INTERVAL_S
         for element in self.fast_path.take_looked_at():
-            reading = (element.kernel_packets, element.kernel_bytes)
-            self.fast_path.learn(element.key, element.use, element.verdict, reading, now, element.mtu)
+            session, reading = element.flow.session, (element.kernel_packets, element.kernel_bytes)
+            if self.table.live(session.id) is session:  # else another one has taken it over, or it has ended
+                self.fast_path.learn(element.key, element.use, element.verdict, reading, now, element.mtu)
 
     def next_event(self) -> Event | None:
         """What happened next, in order; None when all is told.

@@ -67,3 +67,23 @@ def test_its_user_is_made_even_where_an_older_fwd_made_a_group(tmp_path):
     user = (tmp_path / "etc" / "passwd").read_text()
     assert re.search(r"^fwd:x:\d+:990:.*/nologin$", user, re.MULTILINE)
     assert re.search(r"^fwd-vici:x:\d+:fwd$", (tmp_path / "etc" / "group").read_text(), re.MULTILINE)
+
+
+def test_the_drop_ins_are_clean(tmp_path):
+    """strongSwan's, which lets fwd into VICI, and the README's, which has fwd run as root."""
+    daemon = tmp_path / "fwd"
+    daemon.write_text("#!/bin/sh\n")
+    daemon.chmod(0o755)
+    readme = (UNIT.parents[1] / "README.md").read_text()
+    assert "    [Service]\n    User=root\n" in readme
+    units = {
+        "strongswan": ("[Service]\nType=notify\nExecStart=/bin/true\n", UNIT.with_name("strongswan.conf").read_text()),
+        "fwd": (UNIT.read_text().replace("/usr/local/sbin/fwd", str(daemon)), "[Service]\nUser=root\n"),
+    }
+    for name, (unit, drop_in) in units.items():
+        (tmp_path / f"{name}.service").write_text(unit)
+        (tmp_path / f"{name}.service.d").mkdir()
+        (tmp_path / f"{name}.service.d" / "fwd.conf").write_text(drop_in)
+        command = ["systemd-analyze", "verify", tmp_path / f"{name}.service"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stdout + done.stderr) == (0, "")
