@@ -159,7 +159,7 @@ def test_a_vici_socket_that_is_roots_is_told_of_and_heard_as_soon_as_it_may_be(t
 def test_charon_gives_its_socket_to_the_group_that_its_configuration_names(terminated):
     host, charon = terminated.hosts["fwd"], terminated.charon("fwd")
     conf = host.path("/run/hosts/fwd/strongswan.conf")
-    conf.write_text(conf.read_text().replace("charon-systemd {", "charon-systemd {\n  group = nogroup", 1))
+    conf.write_text(conf.read_text() + "charon {\n  group = nogroup\n}\n")
     fwd = AsUser(terminated)
     charon.restart()
     assert host.path(charon.vici_path).stat().st_gid == GROUP
