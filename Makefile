@@ -16,8 +16,7 @@ INSTALLED := /usr/local/lib/fwd
 # To build netfilterqueue; to install rules; for the lab and its tests.
 BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev libnetfilter-queue-dev
 RUN_PACKAGES := nftables iptables
-LAB_PACKAGES := iproute2 iputils-ping procps tcpdump mmdebstrap systemd
-BENCH_PACKAGES := ethtool
+LAB_PACKAGES := iproute2 iputils-ping procps tcpdump mmdebstrap systemd ethtool
 
 define need
 	@missing=$$(for p in $(1); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
@@ -59,7 +58,6 @@ torture: $(READY)
 	$(SUDO) env FWD_TORTURE=full $(VENV)/bin/python -m pytest -v tests/torture
 
 bench: $(READY)
-	$(call need,$(BENCH_PACKAGES))
 	$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[bench]'
 	$(SUDO) $(VENV)/bin/python -m bench
 
@@ -78,6 +76,7 @@ install:
 	@test -e /etc/fwd/fwd.toml || $(SUDO) install -m 644 systemd/fwd.toml /etc/fwd/fwd.toml
 	$(SUDO) install -D -m 644 systemd/fwd.sysusers /usr/local/lib/sysusers.d/fwd.conf
 	$(SUDO) install -D -m 644 systemd/fwd.service /etc/systemd/system/fwd.service
+	$(SUDO) install -D -m 644 systemd/strongswan.conf /etc/systemd/system/strongswan.service.d/fwd.conf
 	$(SUDO) systemd-sysusers /usr/local/lib/sysusers.d/fwd.conf
 	@if [ -d /run/systemd/system ]; then $(SUDO) systemctl daemon-reload; fi
 	@echo "Installed. Look at /etc/fwd/fwd.toml, then: systemctl enable --now fwd"
@@ -85,7 +84,8 @@ install:
 uninstall:
 	@if [ -d /run/systemd/system -a -e /etc/systemd/system/fwd.service ]; then $(SUDO) systemctl disable --now fwd; fi
 	$(SUDO) rm -rf $(INSTALLED) /usr/local/share/doc/fwd /run/fwd
-	$(SUDO) rm -f /usr/local/sbin/fwd /usr/local/bin/fwctl /usr/local/lib/sysusers.d/fwd.conf /etc/systemd/system/fwd.service
+	$(SUDO) rm -f /usr/local/sbin/fwd /usr/local/bin/fwctl /usr/local/lib/sysusers.d/fwd.conf \
+	  /etc/systemd/system/fwd.service /etc/systemd/system/strongswan.service.d/fwd.conf
 	@if [ -d /run/systemd/system ]; then $(SUDO) systemctl daemon-reload; fi
 	@echo "Removed. /etc/fwd is left: it is yours."
 

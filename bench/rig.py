@@ -31,11 +31,14 @@ table ip sink {
 }
 """
 
-#: Up to 120,000 sources, and room in the maps for one SPI of each.
+#: Up to 120,000 sources, which nobody answers, and room in the maps for one SPI of each.
 FWD_CONFIG = """
 [dataplane]
 max-sessions = 131072
 queue-length = 65536
+
+[limits]
+half-open = 0
 """
 
 

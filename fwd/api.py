@@ -20,6 +20,7 @@ from .core.counters import COUNTERS
 from .core.events import CounterRose, Event, Moment, TunnelsStale, as_it_was, moment_of
 from .core.explain import Group, explain_packet, explain_session
 from .core.firewall import Firewall
+from .core.limits import BY_PEERS, BY_SOURCE, HALF_OPEN
 from .core.session import Application, Session, SessionType
 from .core.session_filter import FilterError, Predicate, build_filter
 from .core.state import State
@@ -227,6 +228,8 @@ class Api:
         active = {str(application): counts[id(application)] for application in Application}
         settings = firewall.settings
         rate = firewall.counters.rate
+        bounds = firewall.limits.bounds
+        most_of_source, most_of_peers = firewall.limits.most()
         return {
             "sessions_supported": firewall.table.capacity,
             "sessions_allocated": len(firewall.table),
@@ -246,6 +249,12 @@ class Api:
                 "packet_rate": rate("pkt_fast_path", now),
             },
             "timeouts_s": {**settings.timeouts_s, "discard": settings.discard_timeout_s},
+            "limits": {
+                "source": {"limit": bounds.source, "most": most_of_source},
+                "peers": {"limit": bounds.peers, "most": most_of_peers},
+                "half_open": {"limit": bounds.half_open, "now": firewall.limits.half_open_count},
+                "dropped": sum(firewall.counters.values[name] for name in (BY_SOURCE, BY_PEERS, HALF_OPEN)),
+            },
             "accelerated_ageing": {
                 "enabled": settings.ageing_factor > 1,
                 "active": firewall.ager.factor > 1,

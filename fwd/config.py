@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from .core.limits import Bounds
 from .core.policy import Action, Policy, Prefix, Rule, Zones
 from .core.session import Application
 from .core.settings import DEFAULT_TIMEOUTS, PassThrough, Settings, TransitPorts, UnknownSpi
@@ -122,6 +123,14 @@ class Ageing(Section):
     factor: int = Field(default=2, ge=1, le=16)
 
 
+class Limits(Section):
+    """How many sessions a packet from outside may open; announced tunnels are under no limit. 0: no limit."""
+
+    source: int = Field(default=8192, ge=0, le=1_000_000)
+    peers: int = Field(default=4096, ge=0, le=1_000_000)
+    half_open: int = Field(default=50, ge=0, le=100)
+
+
 class RuleSection(Section):
     """One rule; a field left out, or `any` in it, matches everything."""
 
@@ -194,6 +203,7 @@ class Config(Section):
     default_rule: DefaultRule = DefaultRule()
     timeouts: Timeouts = Timeouts()
     ageing: Ageing = Ageing()
+    limits: Limits = Limits()
     vici: Vici = Vici()
     control: Control = Control()
     state: State = State()
@@ -253,6 +263,11 @@ class Config(Section):
             pass_through=PassThrough(plane.ipsec_pass_through),
             ike_gate_s=plane.ike_gate_time,
             tunnel_silent_s=plane.tunnel_silent_after,
+            limits=Bounds(
+                source=self.limits.source,
+                peers=self.limits.peers,
+                half_open=-(-plane.max_sessions * self.limits.half_open // 100),
+            ),
         )
 
     def restart_keys(self) -> dict[str, object]:

@@ -46,7 +46,7 @@ from .edge.control import Access, ControlError, ControlServer
 from .edge.interfaces import InterfaceError, InterfaceWatcher
 from .edge.kernel_path import KernelPath
 from .edge.nfqueue import PacketQueue, QueueError
-from .edge.queue_stats import kernel_queue_stats
+from .edge.queue_stats import UNREADABLE, is_readable, kernel_queue_stats
 from .edge.ruleset import Backend, Ruleset, RulesetError
 from .edge.state_file import StateError, StateFile
 from .edge.vici import ViciListener
@@ -139,6 +139,7 @@ class Daemon:
         self._is_ready = False
         self._is_reload_due = False
         self._is_handing_over = False
+        self._is_blind = False
         self._loop = asyncio.get_running_loop()
 
     async def run(self) -> int:
@@ -467,6 +468,9 @@ class Daemon:
     def _count_edges(self) -> None:
         """What is counted outside of the core: requests, and packets that never came."""
         stats = kernel_queue_stats(self._queue.number)
+        if stats is None and not self._is_blind and not is_readable():
+            self._is_blind = True
+            log.warning("what the kernel drops before fwd cannot be counted: %s", UNREADABLE)
         dropped = (stats.queue_dropped, stats.socket_dropped) if stats is not None else ()
         for name, value in zip(_EDGE_COUNTERS, (self._control.requests, self._control.refused, *dropped), strict=False):
             self._firewall.counters.values[name] = self._counted_before[name] + value
@@ -496,7 +500,7 @@ class Daemon:
             "rules": len(self._config.rules),
             "default-rule": f"{self._config.default_rule.name} ({self._config.default_rule.action})",
             "queue": plane.queue,
-            "queue-waiting": stats.waiting if stats else 0,
+            "queue-waiting": stats.waiting if stats else 0 if is_readable() else f"unknown: {UNREADABLE}",
             "queue-rules": self._ruleset.description,
             "fast-path": self._fast_path_in_words(),
             "state-file": self._state_in_words,

@@ -130,10 +130,20 @@ def _sum16(octets: bytes) -> int:
 
 
 def send(
-    interface: str, mac: str, destination: str, *, count: int, sources: int, spis: int, size: int, rate: int, cpu: int
+    interface: str,
+    mac: str,
+    destination: str,
+    *,
+    count: int,
+    sources: int,
+    spis: int,
+    size: int,
+    rate: int,
+    burst: int,
+    cpu: int,
 ) -> float:
     """Send `count` packets, in whole bursts if there is a rate; gives the seconds it took. Raises OSError."""
-    chunk = min(count, 1024) if rate else count
+    chunk = min(count, burst) if rate else count
     if cpu >= 0:
         os.sched_setaffinity(0, {cpu})
     index = socket.if_nametoindex(interface)
@@ -181,7 +191,8 @@ def main() -> None:
     parser.add_argument("--sources", type=int, default=1, help="source addresses, in turn")
     parser.add_argument("--spis", type=int, default=1, help="SPIs, in turn, if there is one source address only")
     parser.add_argument("--size", type=int, default=84, help="bytes of ESP a packet, header included")
-    parser.add_argument("--rate", type=int, default=0, help="packets a second, in bursts of 1024; 0: as fast as can be")
+    parser.add_argument("--rate", type=int, default=0, help="packets a second, in bursts; 0: as fast as can be")
+    parser.add_argument("--burst", type=int, default=1024, help="packets in one go, if there is a rate")
     parser.add_argument("--cpu", type=int, default=-1, help="the CPU to stay on")
     print(send(**vars(parser.parse_args())))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any
@@ -13,6 +14,7 @@ from fwd.core import records
 from fwd.core.fast_path import Found, Outcome, Work
 from fwd.core.firewall import Firewall, Hook
 from fwd.core.interfaces import AddressPresent, InterfaceSnapshot, LinkPresent
+from fwd.core.limits import source_of
 from fwd.core.policy import Action, Policy, Rule, Verdict, Zones
 from fwd.core.sa import ChildSa
 from fwd.core.session import Place, Session
@@ -299,6 +301,7 @@ class Bench:
         """What must hold at every instant."""
         values = self.firewall.counters.values
         drops = sum(value for name, value in values.items() if name.startswith("flow_parse_"))
+        drops += sum(value for name, value in values.items() if name.startswith("flow_limit_"))
         drops += values["flow_table_full"] + values["flow_internal_error"]
         assert values["pkt_recv"] == values["pkt_session"] + drops
         in_kernel = {e.key: e for e in self.firewall.fast_path if e.place is Place.KERNEL}
@@ -312,6 +315,7 @@ class Bench:
             assert self.firewall.table.live(session.id) is session
             unread += packets - element.kernel_packets
         assert self.offered == values["pkt_recv"] + values["pkt_unseen"] + unread
+        self._check_limits()
         allocated = values["session_allocated"]
         assert allocated == len(self.firewall.table) + values["session_ended"] + values["session_absorbed"]
         if values["session_ended"] <= self.firewall.settings.keep_ended and self.now < 1000 + 300:
@@ -321,6 +325,19 @@ class Bench:
         self._checks += 1
         if len(self.firewall.table) + len(self.firewall.fast_path) <= 8 or self._checks % 16 == 0:
             self.check_saved()  # which takes a while for each
+
+    def _check_limits(self) -> None:
+        """What the limits counted one by one is what a look through the table gives, and nothing is left behind."""
+        limits = self.firewall.limits
+        counted = [session for session in self.firewall.table if session.is_limited]
+        sources = Counter(source_of(session.client.address) for session in counted)
+        peers = Counter(frozenset((session.client.address, session.server.address)) for session in counted)
+        assert limits.most() == (max(sources.values(), default=0), max(peers.values(), default=0))
+        for session in counted:
+            client, server = session.client.address, session.server.address
+            wanted = (sources[source_of(client)], peers[frozenset((client, server))])
+            assert limits.counts(client, server) == wanted
+        assert limits.half_open_count == sum(map(limits.is_half_open, counted))
 
 
 def _timeless(record: records.SessionRecord) -> records.SessionRecord:

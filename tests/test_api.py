@@ -162,6 +162,12 @@ def test_counts_and_tunnels_and_info(api, bench):
     assert api.dispatch("session.count", {"filter": {"state": "active"}}) == {"count": 3, "next": None}
     info = api.dispatch("session.info", {})
     assert (info["sessions_allocated"], info["discard"], info["active"]["ike"]) == (4, 1, 1)
+    assert info["limits"] == {
+        "source": {"limit": 0, "most": 2},
+        "peers": {"limit": 0, "most": 2},
+        "half_open": {"limit": 0, "now": 3},
+        "dropped": 0,
+    }
     bench.sas(SaSourceLost("away"))
     bench.now += 5
     tunnels = api.dispatch("tunnel.list", {})

@@ -18,6 +18,7 @@ from fwd.config import (
     Vici,
     load,
 )
+from fwd.core.limits import Bounds
 from fwd.core.policy import Action
 from fwd.core.settings import UnknownSpi
 from tests.builders import packed
@@ -170,3 +171,10 @@ def test_the_file_that_is_installed_says_what_the_defaults_are():
     keys = {key for section in sections if isinstance(section, dict) for key in section}
     for section in (Dataplane, Timeouts, Ageing, DefaultRule, Vici, Control, Log):
         assert {field.alias for field in section.model_fields.values()} <= keys
+
+
+@pytest.mark.parametrize(("percent", "sessions"), [(0, 0), (1, 1), (50, 10), (100, 20)])
+def test_half_open_sessions_are_a_share_of_the_table_and_none_is_no_limit(tmp_path, percent, sessions):
+    path = tmp_path / "fwd.toml"
+    path.write_text(f"[dataplane]\nmax-sessions = 20\n[limits]\nhalf-open = {percent}\nsource = 3\npeers = 0\n")
+    assert load(path).settings().limits == Bounds(source=3, peers=0, half_open=sessions)

@@ -336,7 +336,7 @@ def spi_hex(number: int) -> str:
 def session_info(facts: Mapping[str, Any]) -> str:
     """`show session info`."""
     active = facts["active"]
-    ageing, path = facts["accelerated_ageing"], facts["fast_path"]
+    ageing, path, limits = facts["accelerated_ageing"], facts["fast_path"], facts["limits"]
     sections: list[list[tuple[str, str]]] = [
         [
             ("Number of sessions supported:", f"{facts['sessions_supported']}"),
@@ -359,6 +359,13 @@ def session_info(facts: Mapping[str, Any]) -> str:
         [
             ("Session timeout", ""),
             *((f"  {name} timeout:", f"{seconds} secs") for name, seconds in facts["timeouts_s"].items()),
+        ],
+        [
+            ("Session limits, 0 for none", ""),
+            ("  Sessions of one source:", f"{limits['source']['most']} at most, limit {limits['source']['limit']}"),
+            ("  Sessions of two peers:", f"{limits['peers']['most']} at most, limit {limits['peers']['limit']}"),
+            ("  Half-open sessions:", f"{limits['half_open']['now']}, limit {limits['half_open']['limit']}"),
+            ("  Packets dropped for these limits:", f"{limits['dropped']}"),
         ],
         [
             ("Session accelerated aging:", f"{ageing['enabled']}"),

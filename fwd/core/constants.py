@@ -131,6 +131,14 @@ SAVE_SLICE: Final = 1024
 CLEAR_SLICE: Final = 256
 CLEAR_ELEMENTS: Final = 1024
 
+#: A session that nobody answered gives way to a new one when there is no place, after so long without a packet; so many
+#: are looked at for it, for some of the oldest may still be speaking.
+HALF_OPEN_IDLE_S: Final = 30.0
+HALF_OPEN_LOOKS: Final = 4
+
+#: A flood of ESP leaves room for IKE: of that there may be so many times the limit of half-open sessions.
+IKE_ROOM: Final = 1.5
+
 #: Gates that close in one go, and sessions that follow their gate, which takes some 4 ms.
 GATE_SLICE: Final = 256
 

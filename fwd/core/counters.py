@@ -12,6 +12,7 @@ from typing import Final
 
 from .constants import SAMPLE_INTERVAL_S
 from .health import Trouble
+from .limits import BY_PEERS, BY_SOURCE, HALF_OPEN
 from .packet import Malformation
 
 
@@ -50,6 +51,12 @@ _TROUBLES: Final = {
     Trouble.STALE: "Tunnels found while the IKE daemon was away",
 }
 
+_LIMITS: Final = {
+    BY_SOURCE: "Packets dropped: their source has too many sessions",
+    BY_PEERS: "Packets dropped: their two peers have too many sessions",
+    HALF_OPEN: "Packets dropped: too many sessions that nobody answered",
+}
+
 COUNTERS: Final[tuple[Counter, ...]] = (
     Counter("pkt_recv", "info", "packet", "pktproc", "Packets received, those of the fast path included"),
     Counter("pkt_fast_path", "info", "packet", "offload", "Packets of these that the kernel decided on by itself"),
@@ -57,6 +64,7 @@ COUNTERS: Final[tuple[Counter, ...]] = (
     Counter("byte_session", "info", "packet", "pktproc", "Bytes of the packets counted in a session"),
     *(Counter(f"flow_parse_{reason}", "drop", "flow", "parse", text) for reason, text in _MALFORMATIONS.items()),
     Counter("flow_table_full", "drop", "flow", "resource", "Packets dropped: session table full"),
+    *(Counter(name, "drop", "flow", "resource", text) for name, text in _LIMITS.items()),
     Counter("flow_internal_error", "drop", "flow", "pktproc", "Packets dropped: error inside fwd, see its log"),
     Counter("pkt_unseen", "warn", "packet", "pktproc", "Packets that no fwd counted: none ran, or one was killed"),
     Counter("flow_policy_deny", "warn", "flow", "session", "Session setup: denied by policy"),
@@ -76,6 +84,7 @@ COUNTERS: Final[tuple[Counter, ...]] = (
     Counter("session_ended", "info", "session", "session", "Sessions ended"),
     Counter("session_aged_out", "info", "session", "aging", "Sessions ended by the session ager"),
     Counter("timer_internal_error", "warn", "session", "aging", "Timers that met an error inside fwd, see its log"),
+    Counter("session_gave_way", "warn", "session", "resource", "Sessions without an answer ended to make room"),
     Counter("session_cleared", "info", "session", "mgmt", "Sessions ended by an operator"),
     Counter("session_tunnel_down", "info", "session", "tunnel", "Sessions ended with their tunnel"),
     Counter("pkt_fragment", "warn", "packet", "fragment", "Packets seen in fragments, or larger than their link's MTU"),

@@ -5,6 +5,7 @@ Sentences come in groups: (heading, sentences). `clock` turns monotonic seconds 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -14,6 +15,7 @@ from typing import TypeAlias
 from .constants import GENERIC_ESP_PORT
 from .firewall import Firewall
 from .gate import CLOSED
+from .limits import BY_PEERS, BY_SOURCE, HALF_OPEN
 from .packet import Kind, Packet
 from .policy import Action, Rule
 from .sa import FormerSa, SaDirectory, SaEnd
@@ -83,10 +85,12 @@ def explain_packet(
             f"No session has packets {_name(packet)}.",
             "If it came by, it would open a session in transit.",
         ]
-        return None, [Group("packet", sentences), Group("rule", list(_transit_rules(firewall, packet, now, clock)))]
+        rules = Group("rule", list(_transit_rules(firewall, packet, now, clock)))
+        return None, [Group("packet", sentences), rules, *_limits(firewall, packet)]
     return None, [
         Group("packet", list(_to_nobody(firewall, packet, spi, local, clock))),
         Group("rule", list(_local_rules(firewall, packet, local))),
+        *_limits(firewall, packet),
     ]
 
 
@@ -211,6 +215,33 @@ def _transit_rules(firewall: Firewall, packet: Packet, now: float, clock: Clock)
         )
 
 
+def _limits(firewall: Firewall, packet: Packet) -> Iterator[Group]:
+    """Whether there is room for a session that this packet would open; nothing if it would be a tunnel's."""
+    if firewall.directory.lookup((packet.dst, packet.kind is Kind.ESP_IN_UDP, packet.spi or 0)) is not None:
+        return
+    limits, bounds, table = firewall.limits, firewall.limits.bounds, firewall.table
+    of_source, of_peers = limits.counts(packet.src, packet.dst)
+    reached = None
+    if firewall.interfaces.owner_of(packet.src) is None:  # what this host itself sends is under no limit
+        room = math.inf if firewall.is_acquainted(packet.src, packet.dst) else 1.0
+        reached = limits.refusal(packet.src, packet.dst, room)
+    is_full = len(table) >= table.capacity
+    yes = "gives way, if it was silent for a while; else it would be dropped"
+    sentences = {
+        None: f"The table has {len(table)} of {table.capacity} sessions, {limits.half_open_count} of them half-open.",
+        BY_SOURCE: f"Its source has {_count(of_source, 'session')}, the limit is {bounds.source}: it would be dropped"
+        f" ([limits] source, counter {BY_SOURCE}).",
+        BY_PEERS: f"Its two peers have {_count(of_peers, 'session')}, the limit is {bounds.peers}: it would be dropped"
+        f" ([limits] peers, counter {BY_PEERS}).",
+        HALF_OPEN: f"{limits.half_open_count} sessions are half-open, the limit is {bounds.half_open}: the oldest of"
+        f" them {yes} ([limits] half-open, counter {HALF_OPEN}).",
+    }
+    group = Group("limits", [sentences[reached]])
+    if is_full and reached is None:
+        group.sentences.append(f"It is full: the oldest half-open one {yes} (counter flow_table_full).")
+    yield group
+
+
 def _would_decide(firewall: Firewall, facts: _Facts) -> str:
     """Which rule would decide, and which ones before it do not match, by the field that does not."""
     policy = firewall.settings.policy
@@ -256,6 +287,8 @@ def _what(firewall: Firewall, session: Session, clock: Clock) -> Iterator[str]:
         yield f"strongSwan announced it at {clock(session.created_at)}; no packet has come yet (type PRED)."
     else:
         yield f"It began at {clock(session.created_at)} and last saw a packet at {clock(session.last_seen_at)}."
+    if firewall.limits.is_half_open(session):
+        yield "It is half-open, for nobody has answered it: should there be no place, it gives way once it is silent."
     yield from _ike(firewall, session, clock)
     if others := firewall.linked(session):
         named = (f"session {o.id} ({o.application}{', ended' if o.state is State.INIT else ''})" for o in others)

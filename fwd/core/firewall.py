@@ -34,6 +34,8 @@ from .constants import (
     ELEMENT_IDLE_S,
     GATE_SLICE,
     GENERATIONS_KEPT,
+    HALF_OPEN_IDLE_S,
+    IKE_ROOM,
     LINGER_SLICE,
     LINKED_ENDED,
     LOOK_INTERVAL_S,
@@ -69,6 +71,7 @@ from .gate import CLOSED, IkeGate
 from .health import Finding, Watch, ask_for_counts, compare, note_counts
 from .ike import IkeSa, IkeWatcher, Way, of_tunnel, peers_of
 from .interfaces import InterfaceEvent, InterfaceTable
+from .limits import HALF_OPEN, LimitReached, Limits
 from .packet import Kind, Packet, PacketError, packet_of, parse, peek
 from .pairing import SpiSessions, proven_pairs
 from .policy import Action, Rule, Verdict
@@ -151,6 +154,7 @@ class Firewall:
         self.table = SessionTable(settings.max_sessions, settings.keep_ended)
         self.ager = Ager(self.table, now)
         self.counters = Counters(now)
+        self.limits = Limits(settings.limits)
         self.directory = SaDirectory()
         self.interfaces = InterfaceTable()
         # One element each way is what most sessions need.
@@ -172,6 +176,7 @@ class Firewall:
         self._to_gate: deque[Session] = deque()
         self._to_watch: deque[Session] = deque()
         self._next_watch_at = 0.0
+        self._no_looks_before = 0.0
         #: Sessions that are looked at closely because a new SPI came up, and until when.
         self._close_watch: dict[Session, float] = {}
         self._next_close_watch_at = 0.0
@@ -226,6 +231,8 @@ class Firewall:
                 flow = self._set_up(packet, key, hook, ingress, egress, now)
             except TableFull:
                 return self._drop("flow_table_full")
+            except LimitReached as limit:
+                return self._drop(limit.counter)
         session = flow.session
         if isinstance(key, FlowKey):  # of both directions
             flow = session.flow_of(packet)
@@ -237,6 +244,8 @@ class Firewall:
         if packet.kind is Kind.IKE and session.state is State.ACTIVE:
             self._note_ike(packet, flow, indev, outdev, now)
         counted = self._account(flow, packet, now)
+        if flow is session.s2c and session.is_limited:
+            self._note_answer(session, packet)
         mtu = self.interfaces.mtu_of(ingress)
         if packet.is_fragment or packet.length > mtu:
             self._note_fragment(flow)
@@ -319,6 +328,7 @@ class Firewall:
             self.gate.open_all()
             self._to_gate = deque(self.table if settings.pass_through is PassThrough.IKE_GATED else ())
         self.settings = settings
+        self.limits.set_bounds(settings.limits)
         self.table.capacity = settings.max_sessions
         self.table.keep_ended = settings.keep_ended
         self._zones_changed()
@@ -378,6 +388,8 @@ class Firewall:
         for counter, amount in self.counters.sample(now):
             value = self.counters.values[counter.name]
             self._events.append(CounterRose(counter.name, counter.description, amount, value))
+            if (counter.severity, counter.aspect) == ("drop", "resource"):
+                self._look_no_more(now)
         for session in self.ager.due(now):
             self._expire(session, now)
             if self.fast_path.asked_count >= READS_PER_REQUEST:
@@ -414,6 +426,14 @@ class Firewall:
         factor = self.settings.ageing_factor if is_pressed else 1
         if factor != self.ager.factor:
             self.ager.set_factor(factor, now)
+
+    def _look_no_more(self, now: float) -> None:
+        """In a flood, a packet that comes here to be looked at may be lost, and all after it until one is not."""
+        self._no_looks_before = now + LOOK_INTERVAL_S
+        for element in self.fast_path.take_looked_at():
+            session = element.flow.session
+            if self.table.live(session.id) is session:  # else another one has taken it over, or it has ended
+                self.fast_path.learn(element.key, element.use, element.verdict, (0, 0), now, element.mtu)
 
     def next_event(self) -> Event | None:
         """What happened next, in order; None when all is told.
@@ -455,7 +475,8 @@ class Firewall:
                     self._note(element.flow.session)
                 if element.seen_at < idle_since and element.place is Place.KERNEL:
                     self.fast_path.withdraw((element,))
-        self.fast_path.look_at(e for e in to_look_at[:LOOKS_PER_TURN] if e.place is Place.KERNEL)
+        if now >= self._no_looks_before:
+            self.fast_path.look_at(e for e in to_look_at[:LOOKS_PER_TURN] if e.place is Place.KERNEL)
         asked, self._asked = self._asked, []
         for session in asked:
             if self.table.live(session.id) is not session:
@@ -518,7 +539,10 @@ class Firewall:
         leaving = self.fast_path.leaving(session)
         known = (self.directory.known(sa) for sa in session.sas) if ended_at is None else ()
         rekeyed = [found.sa for found in known if found is not None and found.is_rekeyed]
-        return records.session_record(session, self._flows_of(session), leaving, rekeyed, left_s, ended_at, now)
+        is_half_open = self.limits.is_half_open(session)
+        return records.session_record(
+            session, self._flows_of(session), leaving, rekeyed, is_half_open, left_s, ended_at, now
+        )
 
     def _totals(self) -> records.TotalsRecord:
         values = dict(self.counters.values)
@@ -546,6 +570,7 @@ class Firewall:
         totals, gates, sessions = records.read(rows)
         if totals is not None:
             self.directory.answered_at = totals.ike_answered_at
+            self._queue_offset = totals.queue_offset
         elements = {element.key: element for element in found}
         for gate in gates:
             self.gate.open(gate.low, gate.high, gate.open_until)
@@ -586,6 +611,8 @@ class Firewall:
             self._note(session)
             return
         if record.ended_at is None:
+            if record.is_limited:
+                self.limits.take_over(session, is_half_open=record.is_half_open)
             self._arm(session, max(0.0, record.ends_at - now), now)
             self._restore_place(session, record, now)
         for named in sorted(record.elements, key=lambda named: named.packets, reverse=True):
@@ -857,7 +884,7 @@ class Firewall:
         return session.outbound if packet.src == session.outbound.address else session.inbound
 
     def _set_up(self, packet: Packet, key: Key, hook: int, ingress: int, egress: int, now: float) -> Flow:
-        """Open a session for a packet that belongs to none. Raises TableFull."""
+        """Open a session for a packet that belongs to none. Raises TableFull or LimitReached."""
         if not isinstance(key, FlowKey):
             sa = self.directory.lookup(key)
             if sa is not None:  # its session was refused or lost its place: make it now
@@ -865,7 +892,15 @@ class Firewall:
                 known = self.table.lookup(key)
                 if known is not None:
                     return known
-        if len(self.table) >= self.table.capacity:
+        is_limited = hook != Hook.OUTPUT
+        if is_limited and (refusal := self.limits.admit(packet.src, packet.dst)) is not None:
+            if refusal == HALF_OPEN:
+                refusal = self._admit_all_the_same(packet, now)
+            if refusal is not None:
+                raise LimitReached(refusal)
+        if len(self.table) >= self.table.capacity and not self._has_place_for(packet, now):
+            if is_limited:
+                self.limits.retract(packet.src, packet.dst)
             raise TableFull
         application = GENERIC_APPLICATION[packet.kind]
         is_provisional = not isinstance(key, FlowKey)
@@ -888,6 +923,8 @@ class Firewall:
             is_provisional=is_provisional,
         )
         self._take_in(session, {key: client})
+        if is_limited:
+            self.limits.enter(session)
         if is_provisional:
             self.counters.add("session_provisional")
         elif packet.kind is not Kind.IKE and hook == Hook.FORWARD:
@@ -900,6 +937,46 @@ class Firewall:
             session.refresh_s = 0
             self._arm(session, self.settings.unknown_spi_grace_s, now)
         return client
+
+    def _admit_all_the_same(self, packet: Packet, now: float) -> str | None:
+        """There are as many half-open sessions as strangers may have; gives the refusal, if it is one."""
+        src, dst = packet.src, packet.dst
+        room = inf if self.is_acquainted(src, dst) else IKE_ROOM if packet.kind is Kind.IKE else 1.0
+        refusal = self.limits.admit(src, dst, room)
+        if refusal == HALF_OPEN and self._make_room(now, now - HALF_OPEN_IDLE_S):
+            refusal = self.limits.admit(src, dst, room)
+        return refusal
+
+    def is_acquainted(self, a: bytes, b: bytes) -> bool:
+        """Whether these two have answered each other before, as far as anybody remembers, or have a tunnel here."""
+        if self.limits.has_answered(a, b) or self._tunnels.between(a, b):
+            return True
+        record = self.ike.record(a, b)
+        return record is not None and any(sa.completed_at is not None for sa in record.ike_sas.values())
+
+    def _has_place_for(self, packet: Packet, now: float) -> bool:
+        """Whether the table has a place for a session that this packet opens."""
+        if self._has_place(now, now - HALF_OPEN_IDLE_S):
+            return True
+        return self.is_acquainted(packet.src, packet.dst) and self._has_place(now, inf)
+
+    def _has_place(self, now: float, before: float) -> bool:
+        """Whether the table has a place for another session, if need be that of one that was silent since then."""
+        capacity = self.table.capacity
+        return len(self.table) < capacity or (self._make_room(now, before) and len(self.table) < capacity)
+
+    def _has_place_for_tunnel(self, now: float) -> bool:
+        """The same for an announced tunnel, which is worth more than a session that nobody answered."""
+        return self._has_place(now, now - HALF_OPEN_IDLE_S) or self._has_place(now, inf)
+
+    def _make_room(self, now: float, before: float) -> bool:
+        """Let the oldest session that nobody answered give way, if it was silent since then; whether one did."""
+        session = self.limits.silent_since(before)
+        if session is None:
+            return False
+        self.counters.add("session_gave_way")
+        self._end(session, EndReason.AGED_OUT, now)
+        return True
 
     def _ask_gate(self, session: Session, now: float) -> None:
         """Let the IKE gate between its peers have its say on a session in transit that a rule allows."""
@@ -923,6 +1000,12 @@ class Firewall:
         for session in self.gate.due(now):
             if self.table.live(session.id) is session:
                 self._follow_gate(session, now)
+
+    def _note_answer(self, session: Session, packet: Packet) -> None:
+        """The server sent something: a session is not half-open if that shows that both sides are there."""
+        is_answer = session.c2s.packet_count and session.state is State.ACTIVE
+        if is_answer and (packet.kind is not Kind.IKE or (packet.ike is not None and packet.ike.is_agreed)):
+            self.limits.settle(session)
 
     def _note_ike(self, packet: Packet, flow: Flow, indev: int, outdev: int, now: float) -> None:
         """An IKE message that passed may open the gate between its peers."""
@@ -1086,7 +1169,8 @@ class Firewall:
                 self._note(session)
             return
         provisional = list(dict.fromkeys(other for other in holders.values() if other.is_provisional))
-        if is_new and len(self.table) - len(provisional) >= self.table.capacity:
+        has_place = len(self.table) - len(provisional) < self.table.capacity
+        if is_new and not has_place and (provisional or not self._has_place_for_tunnel(now)):
             return  # the first packet tries again, and is counted if there is still no place
         if is_new and provisional:
             session.id = min(other.id for other in provisional)
@@ -1163,6 +1247,7 @@ class Firewall:
         self._note(provisional)
         self._note(session)
         self._health.forget(provisional)
+        self.limits.leave(provisional)
         self.gate.leave(provisional)
         flows = [session.flow((element.flow is provisional.c2s) != turned) for element in provisional.elements]
         for is_c2s in (True, False):
@@ -1170,6 +1255,8 @@ class Firewall:
         for element, flow in zip(provisional.elements, flows, strict=True):
             element.use = flow.note_spi(element.use.spi, element.seen_at)
         session.elements += provisional.elements
+        if session.c2s.packet_count and session.s2c.packet_count:
+            self.limits.settle(session)
         self.counters.add("session_absorbed")
         if provisional.id != session.id:  # else it goes on under its id
             self._events.append(SessionAbsorbed(provisional, session.id))
@@ -1273,6 +1360,7 @@ class Firewall:
         for forgotten in self.table.end(session, now):
             self._note(forgotten)
         self._note(session)
+        self.limits.leave(session)
         self.gate.leave(session)
         self.spi_sessions.leave(session)
         self._unclaimed.pop(session, None)

@@ -47,8 +47,9 @@ _EXCHANGES: Final = {
 }
 _QUICK_MODE: Final = 32
 
-#: IKEv2's exchanges that begin an IKE_SA, and those after whose answer a CHILD_SA may exist.
+#: Exchanges that begin an IKE_SA, in IKEv2 and in IKEv1, and those of IKEv2 after whose answer a CHILD_SA may exist.
 _BEGINS: Final = frozenset({34, 38})
+_BEGINS_V1: Final = frozenset({2, 4})
 _MAKES_A_CHILD: Final = frozenset({35, 36})
 
 #: The first payload, by IKE's major version, of what is a part of a message.
@@ -91,6 +92,12 @@ class IkeHeader(NamedTuple):
     def is_fragment(self) -> bool:
         """Whether it is one of several that carry a message together; their headers are alike."""
         return (self.major, self.next_payload) in _FRAGMENTS
+
+    @property
+    def is_agreed(self) -> bool:
+        """Whether it is sent under an IKE_SA: only one who received the answers to the first messages gets so far."""
+        begins = self.exchange_type in (_BEGINS if self.major == 2 else _BEGINS_V1)
+        return bool(self.responder_spi) and not begins and not self.is_notify
 
     @property
     def is_notify(self) -> bool:

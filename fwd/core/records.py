@@ -135,6 +135,8 @@ class SessionRecord(_Record):
     rekeys: int
     udp_ports: tuple[int, int] | None
     is_gated: bool
+    is_limited: bool
+    is_half_open: bool
     ended_at: float | None
     keys: tuple[KeyRecord, ...]
     spi_keys: tuple[SpiKeyRecord, ...]
@@ -227,6 +229,7 @@ def session_record(
     keys: Mapping[FlowKey | SpiKey, Flow],
     leaving: Iterable[Element],
     rekeyed: Collection[ChildSa],
+    is_half_open: bool,
     left_s: float,
     ended_at: float | None,
     now: float,
@@ -261,6 +264,8 @@ def session_record(
         session.rekeys,
         session.udp_ports,
         session.gate is not None and ended_at is None,
+        session.is_limited,
+        is_half_open,
         ended_at,
         tuple(KeyRecord(*key, flow is c2s) for key, flow in keys.items() if isinstance(key, FlowKey)),
         tuple(SpiKeyRecord(*key, flow is c2s) for key, flow in keys.items() if not isinstance(key, FlowKey)),

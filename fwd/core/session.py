@@ -333,6 +333,7 @@ class Session:
     `egress` are interface names as of the first packet. `generations` are the CHILD_SAs of a tunnel that ends here,
     those that are gone included, the newest last, and `is_client_here` says whether this host initiated it.
     `udp_ports` are those of ESP in UDP, client first. `gate` is the IKE gate that it may have to pass.
+    `is_limited`: it counts towards the limits (limits.py).
     """
 
     id: int
@@ -360,6 +361,7 @@ class Session:
     rekeys: int = 0
     udp_ports: tuple[int, int] | None = None
     gate: Gate | None = None
+    is_limited: bool = False
 
     def __post_init__(self) -> None:
         self.c2s.session = self.s2c.session = self

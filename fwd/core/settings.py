@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from .limits import Bounds
 from .policy import Policy, Zones
 from .session import Application
 
@@ -59,3 +60,4 @@ class Settings:
     pass_through: PassThrough = PassThrough.ALWAYS
     ike_gate_s: int = 14400
     tunnel_silent_s: int = 60
+    limits: Bounds = field(default_factory=Bounds)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 _PATH = Path("/proc/net/netfilter/nfnetlink_queue")
+
+UNREADABLE = f"{_PATH} is root's; 'chgrp fwd {_PATH}' lets fwd's group read it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +35,13 @@ def parse_queue_stats(text: str, queue: int) -> QueueStats | None:
     return None
 
 
+def is_readable() -> bool:
+    """Whether this user may read the kernel's counts: they are root's, and no capability of the network's helps."""
+    return os.access(_PATH, os.R_OK)
+
+
 def kernel_queue_stats(queue: int) -> QueueStats | None:
-    """The kernel's counts for a queue of this network namespace; None while nobody has it bound."""
+    """The kernel's counts for a queue of this namespace; None if nobody has it bound, or they are root's alone."""
     try:
         return parse_queue_stats(_PATH.read_text("ascii"), queue)
     except (OSError, UnicodeDecodeError):

@@ -382,7 +382,10 @@ class ViciListener:
         except ConnectionRefusedError:
             raise ConnectionError("nobody listens: strongSwan has stopped") from None
         except PermissionError:
-            raise ConnectionError("permission denied: fwd must run as root or as a user that may open it") from None
+            raise ConnectionError(
+                f"permission denied: give it a group that fwd's user is in, now with 'chgrp fwd-vici {self._path}', for"
+                " good with 'group = fwd-vici' in section charon of strongswan.conf (README: strongSwan)"
+            ) from None
         except TimeoutError:
             raise ConnectionError(f"charon did not take the connection within {ANSWER_S:g} s") from None
 

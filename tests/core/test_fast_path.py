@@ -376,3 +376,37 @@ def test_very_many_elements_of_few_sessions_are_cleared_in_slices():
     bench.firewall.apply_outcome(work, bench.kernel.carry_out(work), bench.now)
     bench.wait(1)
     assert not bench.sessions and not bench.kernel.elements
+
+
+def looks(floods: bool) -> int:
+    """How many packets of one SPI come to the daemon within a minute, with a flood from the 15th second on."""
+    bench = Bench(fast_path=True, max_sessions=1)
+    for tenth in range(600):
+        bench.forward(esp(LEFT, RIGHT, 1, 1 + tenth))
+        bench.wait(0.1)
+        if floods and tenth >= 150:
+            bench.forward(esp("10.0.0.1", RIGHT, 1))
+    return 600 - bench.count("pkt_fast_path")
+
+
+def test_in_a_flood_no_packet_is_sent_to_the_daemon_to_be_looked_at():
+    assert looks(floods=False) >= 5
+    assert looks(floods=True) <= 3
+
+
+def test_an_spi_that_waits_to_be_looked_at_goes_back_to_the_kernel_when_a_flood_begins():
+    bench = Bench(fast_path=True, max_sessions=1)
+    for seq in range(1, 20):
+        bench.forward(esp(LEFT, RIGHT, 1, seq))
+    bench.read_all()
+    bench.firewall.fast_path.look_at(bench.session.elements)
+    bench.serve_kernel()
+    assert not bench.kernel.elements
+    bench.forward(esp("10.0.0.1", RIGHT, 1))
+    bench.wait(1.5)
+    assert len(bench.kernel.elements) == 1
+    for seq in range(20, 40):
+        bench.forward(esp(LEFT, RIGHT, 1, seq))
+    bench.read_all()
+    bench.check()
+    assert bench.session.c2s.packet_count == 39

@@ -499,6 +499,7 @@ class TestBounds:
     def test_a_tunnel_without_a_place_gets_one_later(self):
         bench = Bench(max_sessions=1)
         bench.forward(esp(LEFT, RIGHT, 1))
+        bench.forward(esp(RIGHT, LEFT, 2), to_left=True)
         bench.sas(SaEstablished(SA))
         assert not bench.receive(esp(PEER, HERE, SA.spi_in))
         bench.clear(bench.session)
@@ -508,6 +509,7 @@ class TestBounds:
     def test_a_snapshot_gives_a_tunnel_its_missing_session(self):
         bench = Bench(max_sessions=1)
         bench.forward(esp(LEFT, RIGHT, 1))
+        bench.forward(esp(RIGHT, LEFT, 2), to_left=True)
         bench.sas(SaEstablished(SA))
         bench.clear(bench.session)
         bench.sas(SaSnapshot((SA,)))

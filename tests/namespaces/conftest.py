@@ -77,6 +77,7 @@ def accounted(fwd: Fwd) -> int:
     """Packets in sessions and in drop counters, by fwd's own count."""
     counters = fwd.counters()
     drops = sum(value for name, value in counters.items() if name.startswith("flow_parse_"))
+    drops += sum(value for name, value in counters.items() if name.startswith("flow_limit_"))
     drops += sum(counters[name] for name in ("flow_table_full", "flow_internal_error"))
     drops += counters["queue_kernel_drop"] + counters["queue_socket_drop"]
     return counters["pkt_session"] + drops

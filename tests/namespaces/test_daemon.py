@@ -172,7 +172,7 @@ def test_interfaces_that_come_later_are_known_by_name(transit):
 
 
 def test_of_all_capabilities_it_needs_net_admin_only(terminated):
-    """As the unit runs it: root's identity, one capability, no way to gain more."""
+    """As the unit runs it with User=root: root's identity, one capability, no way to gain more."""
     host = terminated.hosts["fwd"]
     host.path("/run/fwd.toml").write_text(default_config())
     alone = ["setpriv", "--bounding-set", "-all,+net_admin", "--inh-caps", "-all", "--no-new-privs"]
