@@ -182,7 +182,7 @@ class Firewall:
         self._next_close_watch_at = 0.0
         self._events: deque[Event] = deque()
         self._to_clear: deque[Session] = deque()
-        self._to_rematch: deque[Session] = deque()
+        self._to_rematch: dict[Session, None] = {}
         #: Whether what changes is noted, for `take_changes`.
         self.keeps_records = False
         self._changed: dict[int, None] = {}  # ids, in order
@@ -318,6 +318,8 @@ class Firewall:
         """Learn of interfaces and addresses of this host."""
         self.interfaces.apply(event)
         self._zones_changed()
+        # Those that wait for their first packet show the interface that has their local address.
+        self._to_rematch |= dict.fromkeys(tunnel for tunnel in self._tunnels if tunnel.state is State.OPENING)
 
     def reconfigure(self, settings: Settings) -> None:
         """Take new settings. The sessions that exist meet the new rules and timeouts soon, a slice at a time.
@@ -332,7 +334,7 @@ class Firewall:
         self.table.capacity = settings.max_sessions
         self.table.keep_ended = settings.keep_ended
         self._zones_changed()
-        self._to_rematch = deque(self.table)
+        self._to_rematch = dict.fromkeys(self.table)
 
     def use_fast_path(self, is_on: bool) -> None:
         """Whether the kernel is to repeat decisions. Off: it forgets those that it has, bit by bit."""
@@ -415,7 +417,8 @@ class Firewall:
             self._watch(now)
         if now >= self._next_close_watch_at:
             self._watch_closely(now)
-        for session in [self._to_rematch.popleft() for _ in range(min(GATE_SLICE, len(self._to_rematch)))]:
+        for session in list(islice(self._to_rematch, GATE_SLICE)):
+            del self._to_rematch[session]
             if self.table.live(session.id) is session:
                 self._rematch(session, now)
         idle_since = now - ELEMENT_IDLE_S
