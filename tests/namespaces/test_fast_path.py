@@ -13,7 +13,7 @@ import pytest
 from fwd.cli.client import Client
 from fwd.rpc import RpcError
 from lab.lab import default_config, wait_for
-from tests.namespaces.conftest import accounted, witnessed
+from tests.namespaces.conftest import accounted, has_rules, witnessed
 
 A, B = ("198.51.100.2", "203.0.113.2")
 
@@ -212,6 +212,37 @@ def test_after_a_kill_the_kernel_goes_on_and_the_next_fwd_takes_over(terminated)
     assert after["id"] == before["id"] and after["c2s"]["packets"] == after["s2c"]["packets"] == 10
     assert (after["c2s"]["sport"], after["c2s"]["dport"]) == (before["c2s"]["sport"], before["c2s"]["dport"])
     assert after["state"] == "ACTIVE" and after["ipsec"]["child_sa"] == "peer-v4"
+
+
+def test_a_stop_counts_what_the_kernel_counted_last_and_the_next_start_goes_on(transit):
+    fwd = transit.start_fwd()
+    transit.initiate("sites-v4")
+    assert transit.ping("sites-v4", count=20) == 20
+    assert fwd.stop() == 0
+    assert not has_rules(transit)
+    assert transit.ping("sites-v4", count=5) == 5  # nobody counts these: there are no rules
+    fwd = transit.start_fwd()
+    (session,) = fwd.sessions(application="ipsec-esp")
+    assert session["c2s"]["packets"] == session["s2c"]["packets"] == 20
+    assert transit.ping("sites-v4", count=5) == 5
+    (after,) = fwd.sessions(application="ipsec-esp")
+    assert after["id"] == session["id"] and after["c2s"]["packets"] == after["s2c"]["packets"] == 25
+    assert after["ipsec"]["spis_in_kernel"] == 2 and fwd.counters()["pkt_unseen"] == 0
+
+
+def test_a_damaged_state_file_is_set_aside_and_nothing_else_suffers(transit):
+    fwd = transit.start_fwd()
+    transit.initiate("sites-v4")
+    assert transit.ping("sites-v4") == 3
+    fwd.kill()
+    for name in ("state", "state-wal"):  # of which either could heal the other
+        transit.hosts["fwd"].path(f"/run/fwd/{name}").write_bytes(os.urandom(5000))
+    fwd = transit.start_fwd()
+    assert "/run/fwd/state is not used, sessions begin anew" in fwd.log and "Traceback" not in fwd.log
+    assert transit.hosts["fwd"].path("/run/fwd/state.set-aside").exists()
+    assert transit.ping("sites-v4") == 3
+    (session,) = fwd.sessions(application="ipsec-esp")
+    assert session["c2s"]["packets"] == 3 and session["ipsec"]["spis_in_kernel"] == 2
 
 
 def test_flushed_rules_come_back(transit):
