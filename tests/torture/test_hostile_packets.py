@@ -115,7 +115,7 @@ def test_what_came_of_hostile_packets_can_be_shown():
     programs = [*TARGETS["firewall"][1], *read_corpus("firewall")]
     for octets in programs[:: in_full(1, 8)]:
         bench, events = hostile.run(octets)
-        nothing = (dict, lambda: None, lambda _: None)
+        nothing = (dict, lambda: None, lambda _: None, dict)
         api = Api(bench.firewall, lambda now=bench.now: now, "/run/charon.vici", *nothing)
         for event in events:
             api.note_event(event)

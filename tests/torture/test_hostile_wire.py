@@ -169,6 +169,12 @@ CASES = [
         drops={"flow_parse_ipv6_extension": 1},
     ),
     Case(
+        "the same with an SPI that was decided on before: the kernel finds its element",
+        [*[esp(FOE6, B6, 0x307)] * 200, chain(*[OPTIONS] * 12, payload=spi(0x307), src=FOE6, dst=B6)],
+        handled=201,
+        passed=201,
+    ),
+    Case(
         "IPv6 that says it has no length, as a jumbogram does",
         [ipv6(FOE6, B6, ESP, b"") + spi(0x306)],
         handled=1,
