@@ -387,6 +387,7 @@ def test_tunnels_flow_on_under_all_of_it_at_once(demo):
             lost[tunnel.name] = said[-200:]
     assert not lost
     came, counters = assert_books_balance(demo, fwd)
+    print(f"{came} packets by the kernel's count, {counters['pkt_recv']} by fwd's")
     assert counters["pkt_recv"] == came > in_full(5_000, 1000)
     assert fwd.stop() == 0
 
