@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from fwd.core.events import Event
 from fwd.core.ike import HEADER_BYTES, parse_header
 from fwd.core.packet import Kind, Packet, PacketError, packet_of, parse, peek
 from fwd.core.policy import Action, Rule
@@ -144,6 +145,14 @@ def steps_of(octets: bytes) -> Iterable[tuple[str, bytes]]:
 
 def firewall(octets: bytes) -> int:
     """Run a program; after each step the books have to balance. Gives the number of packets in it."""
+    bench, _ = run(octets)
+    bench.clear(*bench.sessions)
+    bench.wait(2)
+    return bench.offered
+
+
+def run(octets: bytes) -> tuple[Bench, list[Event]]:
+    """The firewall after a program, and what it told."""
     options = octets[0] if octets else 0
     rules = [Rule("no-transit", Action.DENY, from_zones=frozenset({"trust"}))] if options & DENY_TRANSIT else []
     bench = Bench(
@@ -156,19 +165,17 @@ def firewall(octets: bytes) -> int:
         unknown_spi=UnknownSpi.DISCARD if options & DISCARD_UNKNOWN else UnknownSpi.GENERIC,
         ike_gate_s=30,
     )
-    packets = 0
+    packets, events = 0, []
     for word, packet in steps_of(octets):
         if word in PACKETS:
             packets += 1
             _PASS[word](bench, packet)
         else:
             _DO[word](bench)
-        while bench.firewall.next_event() is not None:
-            pass
+        while (event := bench.firewall.next_event()) is not None:
+            events.append(event)
     assert bench.offered == packets
-    bench.clear(*bench.sessions)
-    bench.wait(2)
-    return packets
+    return bench, events
 
 
 _PASS: dict[str, Callable[[Bench, bytes], bool]] = {

@@ -1,5 +1,6 @@
 """Bytes of any kind: nothing leaves the decoder but its declared error, and the books of the whole core balance."""
 
+import json
 import random
 import time
 
@@ -7,6 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fwd.api import Api
+from fwd.cli import render
 from tests.builders import HERE, HERE6, LEFT, PEER, PEER6, RIGHT, esp, ipv4, udp
 from tests.torture import hostile
 from tests.torture.conftest import IS_FULL, in_full
@@ -104,6 +107,32 @@ def test_the_corpus_keeps_its_promises(target):
     assert len(inputs) > 100
     for octets in inputs:
         getattr(hostile, target)(octets)
+
+
+@pytest.mark.timeout(600)
+def test_what_came_of_hostile_packets_can_be_shown():
+    """Sessions, events, tunnels and explanations, as JSON and as text for a terminal."""
+    programs = [*TARGETS["firewall"][1], *read_corpus("firewall")]
+    for octets in programs[:: in_full(1, 8)]:
+        bench, events = hostile.run(octets)
+        nothing = (dict, lambda: None, lambda _: None, dict)
+        api = Api(bench.firewall, lambda now=bench.now: now, "/run/charon.vici", *nothing)
+        for event in events:
+            api.note_event(event)
+        answers = [api.dispatch(name, {}) for name in ("session.list", "session.info", "counter.list", "tunnel.list")]
+        sessions, facts, counters, tunnels = answers
+        details = api.dispatch("tunnel.detail", {})
+        told = api.dispatch("event.list", {})["events"]
+        texts = ["\n".join(render.session_rows(sessions["sessions"])), render.session_info(facts)]
+        texts += [render.counters(counters), render.tunnels(tunnels, 80), render.tunnel_detail(details)]
+        texts += [render.event(event) for event in told]
+        for session in sorted({s.id for s in (*bench.firewall.table, *bench.firewall.table.ended)}):
+            shown = api.dispatch("session.get", {"id": session})
+            explained = api.dispatch("explain.session", {"id": session})
+            texts += [render.session_detail(shown), render.explanation(explained, 80)]
+            answers += [shown, explained]
+        json.dumps([*answers, details, told])
+        assert all(isinstance(text, str) for text in texts)
 
 
 @pytest.mark.timeout(3600)

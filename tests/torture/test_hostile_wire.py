@@ -169,6 +169,12 @@ CASES = [
         drops={"flow_parse_ipv6_extension": 1},
     ),
     Case(
+        "the same with an SPI that was decided on before: the kernel finds its element",
+        [*[esp(FOE6, B6, 0x307)] * 200, chain(*[OPTIONS] * 12, payload=spi(0x307), src=FOE6, dst=B6)],
+        handled=201,
+        passed=201,
+    ),
+    Case(
         "IPv6 that says it has no length, as a jumbogram does",
         [ipv6(FOE6, B6, ESP, b"") + spi(0x306)],
         handled=1,
@@ -365,7 +371,8 @@ def test_tunnels_flow_on_under_all_of_it_at_once(demo):
     for tunnel in demo.topology.tunnels:
         assert demo.ping(tunnel.name) == 3
     pings = [
-        demo.start_ping(tunnel.name, count=in_full(1500, 150), interval_s=0.02) for tunnel in demo.topology.tunnels
+        demo.start_ping(tunnel.name, count=in_full(600, 150), interval_s=in_full(0.05, 0.02))
+        for tunnel in demo.topology.tunnels
     ]
     whole = [octets for octets in (*PACKETS, *read_corpus("decoder")) if len(octets) >= 20]
     for _ in range(in_full(10, 1)):
@@ -376,11 +383,12 @@ def test_tunnels_flow_on_under_all_of_it_at_once(demo):
     for tunnel, ping in zip(demo.topology.tunnels, pings, strict=True):
         ping.wait(60)
         said = ping.popen.stdout.read()
-        if f" {in_full(1500, 150)} received" not in said:
+        if f" {in_full(600, 150)} received" not in said:
             lost[tunnel.name] = said[-200:]
     assert not lost
     came, counters = assert_books_balance(demo, fwd)
-    assert counters["pkt_recv"] == came > in_full(10_000, 1000)
+    print(f"{came} packets by the kernel's count, {counters['pkt_recv']} by fwd's")
+    assert counters["pkt_recv"] == came > in_full(5_000, 1000)
     assert fwd.stop() == 0
 
 
