@@ -83,7 +83,7 @@ install:
 
 uninstall:
 	@if [ -d /run/systemd/system -a -e /etc/systemd/system/fwd.service ]; then $(SUDO) systemctl disable --now fwd; fi
-	$(SUDO) rm -rf $(INSTALLED) /usr/local/share/doc/fwd
+	$(SUDO) rm -rf $(INSTALLED) /usr/local/share/doc/fwd /run/fwd
 	$(SUDO) rm -f /usr/local/sbin/fwd /usr/local/bin/fwctl /usr/local/lib/sysusers.d/fwd.conf /etc/systemd/system/fwd.service
 	@if [ -d /run/systemd/system ]; then $(SUDO) systemctl daemon-reload; fi
 	@echo "Removed. /etc/fwd is left: it is yours."

@@ -110,7 +110,8 @@ class Method:
 class Api:
     """The methods by name. `now` gives monotonic seconds; `host` what only the daemon knows of itself.
 
-    `sync` brings the global counters up to date, `refresh` the counts of sessions that are about to be shown.
+    `sync` brings the global counters up to date, `refresh` the counts of sessions that are about to be shown. `reload`
+    reads the configuration again, and raises RpcError.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Api:
         host: Callable[[], Mapping[str, object]],
         sync: Callable[[], None],
         refresh: Callable[[Iterable[Session]], None],
+        reload: Callable[[], JSON],
     ) -> None:
         self._firewall = firewall
         self._now = now
@@ -144,6 +146,7 @@ class Api:
             "tunnel.list": Method("read", _After, self._tunnel_list),
             "tunnel.detail": Method("read", _Tunnels, self._tunnel_detail),
             "system.info": Method("read", _Nothing, self._system_info),
+            "system.reload": Method("change", _Nothing, lambda _: reload()),
         }
 
     @property

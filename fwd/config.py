@@ -32,6 +32,12 @@ def _socket_path(path: str) -> str:
     return path
 
 
+def _state_path(path: str) -> str:
+    if path and (not path.startswith("/") or path.endswith("/") or "\0" in path):
+        raise ValueError(f"found {_shown(path)}; want a file's path from / on, or nothing")
+    return path
+
+
 def _prefix(text: str) -> str:
     if text != _ANY:
         try:
@@ -166,6 +172,12 @@ class Control(Section):
     change_groups: list[Name] = []
 
 
+class State(Section):
+    """Where fwd keeps what a successor goes on with, however it ends; an empty `file` keeps nothing."""
+
+    file: Annotated[str, AfterValidator(_state_path)] = "/run/fwd/state"
+
+
 class Log(Section):
     """What is logged."""
 
@@ -184,6 +196,7 @@ class Config(Section):
     ageing: Ageing = Ageing()
     vici: Vici = Vici()
     control: Control = Control()
+    state: State = State()
     log: Log = Log()
 
     @model_validator(mode="after")
@@ -250,6 +263,7 @@ class Config(Section):
             "dataplane.backend": self.dataplane.backend,
             "vici.socket": self.vici.socket,
             "control.socket": self.control.socket,
+            "state.file": self.state.file,
         }
 
 

@@ -18,7 +18,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import click
@@ -26,6 +26,7 @@ import click
 from . import __version__
 from .api import Api
 from .config import DEFAULT_PATH, Config, ConfigError, load
+from .core import records
 from .core.events import (
     CounterRose,
     Event,
@@ -35,6 +36,7 @@ from .core.events import (
     TunnelsStale,
     TunnelTrouble,
 )
+from .core.fast_path import Found
 from .core.firewall import Firewall
 from .core.interfaces import InterfaceEvent
 from .core.sa import SaEvent, SaSnapshot, SaSourceLost
@@ -46,7 +48,9 @@ from .edge.kernel_path import KernelPath
 from .edge.nfqueue import PacketQueue, QueueError
 from .edge.queue_stats import kernel_queue_stats
 from .edge.ruleset import Backend, Ruleset, RulesetError
+from .edge.state_file import StateError, StateFile
 from .edge.vici import ViciListener
+from .rpc import CONFIGURATION_REFUSED, RpcError
 
 log = logging.getLogger("fwd")
 
@@ -62,6 +66,15 @@ SA_EVENTS_WAITING = 1024
 
 #: How long the thread that reads thousands of SAs may keep packets waiting before it is their turn, in seconds.
 SWITCH_S = 0.001
+
+#: What the edges count since this daemon began.
+_EDGE_COUNTERS = ("control_request", "control_refused", "queue_kernel_drop", "queue_socket_drop")
+
+#: How often two of the kernel's counters are read in the hope that no packet comes between.
+UNDECIDED_TRIES = 20
+
+#: After the state file could not be written, the next try comes so much later, in seconds.
+SAVE_RETRY_S = 5.0
 
 #: How often fwd looks whether its rules are still there, in seconds.
 GUARD_INTERVAL_S = 2.0
@@ -100,12 +113,22 @@ class Daemon:
         wanted = None if plane.backend == "auto" else Backend(plane.backend)
         self._ruleset = Ruleset(plane.queue, plane.fail == "open", self._firewall.fast_path.capacity, wanted)
         self._kernel: KernelPath | None = None
+        self._state = StateFile(Path(config.state.file), records.LAYOUT) if config.state.file else None
+        self._state_in_words = "none by configuration"
+        self._no_save_before = 0.0
+        self._counted_before = dict.fromkeys(_EDGE_COUNTERS, 0)
         self._interfaces = InterfaceWatcher(self._interface_event)
         self._sa_events: deque[SaEvent] = deque()
         self._is_sa_turn_due = False
         self._vici = ViciListener(config.vici.socket, self._sa_event_from_thread)
         self._api = Api(
-            self._firewall, time.monotonic, config.vici.socket, self._host, self._take_edge_counts, self._refresh
+            self._firewall,
+            time.monotonic,
+            config.vici.socket,
+            self._host,
+            self._take_edge_counts,
+            self._refresh,
+            self._reload_on_request,
         )
         self._control = ControlServer(
             Path(config.control.socket), self._control_request, self._api.rights, _access(config)
@@ -137,7 +160,7 @@ class Daemon:
                 return 0
             stack.callback(self._leave)
             log.info("rules installed: %s", self._ruleset.install())
-            self._start_fast_path()
+            self._take_over()
             self._loop.add_reader(fd, self._packets)
             stack.callback(self._loop.remove_reader, fd)
             stack.callback(self._vici.stop)
@@ -182,23 +205,86 @@ class Daemon:
 
     # --- what the edges hand over -------------------------------------------------------------------
 
-    def _start_fast_path(self) -> None:
-        """Go on where a former daemon stopped, if its decisions are still in the kernel."""
-        if self._ruleset.backend is None or not self._ruleset.backend.has_maps:
-            return
-        self._kernel = KernelPath(self._ruleset.backend)
-        found = self._kernel.find_all() if self._ruleset.kept_maps else []
-        self._kernel.remove(self._firewall.adopt(found, time.monotonic()))
-        if found:
-            sessions = len(self._firewall.table)
-            log.info("took over %d sessions, %d SPIs, from a former fwd", sessions, len(found))
-        self._firewall.use_fast_path(self._config.dataplane.fast_path == "auto")
+    def _take_over(self) -> None:
+        """Go on where a former daemon stopped: with its state file, and its decisions if they are still in the kernel.
+
+        Raises RulesetError.
+        """
+        rows: dict[bytes, bytes] = {}
+        try:
+            if self._state is not None:
+                rows = self._state.open()
+                self._state_in_words = self._config.state.file
+        except StateError as error:  # to protect nobody is worse than to forget
+            self._keep_nothing(error)
+        found: list[Found] = []
+        undecided = None
+        if self._ruleset.backend is not None and self._ruleset.backend.has_maps:
+            self._kernel = KernelPath(self._ruleset.backend)
+            undecided = self._undecided_before()
+            found = self._kernel.find_all() if self._ruleset.kept_maps else []
+        self._firewall.keeps_records = self._state is not None
+        try:
+            orphans = self._firewall.restore(rows, found, undecided, time.monotonic())
+        except records.RecordError as error:
+            self._begin_state_anew(f"it is damaged: {error}")
+            orphans = self._firewall.restore({}, found, undecided, time.monotonic())
+        if self._kernel is not None:
+            self._kernel.remove(orphans)
+            self._firewall.use_fast_path(self._config.dataplane.fast_path == "auto")
+        values = self._firewall.counters.values
+        self._counted_before = {name: values[name] for name in _EDGE_COUNTERS}
+        if rows or found:
+            unseen = values["pkt_unseen"]
+            sessions, taken = len(self._firewall.table), len(found) - len(orphans)
+            log.info("took over %d sessions, %d SPIs in the kernel; %d packets unseen so far", sessions, taken, unseen)
         self._serve_kernel()
+        self._save()
+
+    def _undecided_before(self) -> int | None:
+        """Packets that reached the queue's rule before this daemon had the queue; None if the kernel does not tell."""
+        for _ in range(UNDECIDED_TRIES):  # both numbers at one moment, between two packets
+            before, undecided = kernel_queue_stats(self._queue.number), self._ruleset.undecided()
+            if undecided is None or before is None or before == kernel_queue_stats(self._queue.number):
+                break
+        return None if undecided is None or before is None else undecided - before.offered
+
+    def _begin_state_anew(self, reason: str) -> None:
+        try:
+            if self._state is not None:
+                self._state.set_aside(reason)
+        except StateError as error:
+            self._keep_nothing(error)
+
+    def _keep_nothing(self, error: StateError) -> None:
+        log.error("sessions will not outlive this fwd: %s", error)
+        self._state = None
+        self._state_in_words = f"none: {error}"
+        self._firewall.keeps_records = False
 
     def _serve_kernel(self) -> None:
-        """Let the kernel do what the core wants of it."""
+        """Let the kernel do what the core wants of it.
+
+        What is known of an element's counts is saved before the kernel removes it, and its last counts right after.
+        """
         while self._kernel is not None and (work := self._firewall.take_work()) is not None:
+            leaving = {element.flow.session: None for element in work.removals}
+            self._save(leaving)
             self._firewall.apply_outcome(work, self._kernel.carry_out(work), time.monotonic())
+            self._save(leaving)
+
+    def _save(self, sessions: Collection[Session] | None = None) -> None:
+        """Write what changed, or what changed of these sessions, to the state file."""
+        now = time.monotonic()
+        if self._state is None or now < self._no_save_before or (sessions is not None and not sessions):
+            return
+        try:
+            self._state.write(self._firewall.take_changes(now, sessions))
+        except StateError as error:
+            log.error("not saved, tried again in %g s: %s", SAVE_RETRY_S, error)
+            self._firewall.counters.add("state_not_saved")
+            self._no_save_before = now + SAVE_RETRY_S
+            self._firewall.save_all(self._no_save_before)
 
     def _packets(self) -> None:
         self._queue.turn(PACKETS_PER_TURN)
@@ -244,6 +330,7 @@ class Daemon:
             return self._api.dispatch(method, params)
         finally:
             self._after_turn()
+            self._save()  # what somebody was told is not to be forgotten
 
     def _run_timer(self) -> None:
         self._timer = None
@@ -259,6 +346,8 @@ class Daemon:
         """Tell what happened, and be called again when the core wants it."""
         try:
             self._serve_kernel()
+            if self._firewall.is_save_due(time.monotonic()):
+                self._save()
             while (event := self._firewall.next_event()) is not None:
                 self._api.note_event(event)
                 _log_event(event)
@@ -305,6 +394,18 @@ class Daemon:
         finally:  # whatever else went wrong: systemd waits for this
             systemd.notify("READY=1", f"STATUS={self._summary()}")
 
+    def _reload_on_request(self) -> dict[str, object]:
+        """The same for a client, who is told what came of it. Raises RpcError."""
+        try:
+            self._take_configuration(load(self._config_path))
+        except (ConfigError, RulesetError) as error:
+            raise RpcError(CONFIGURATION_REFUSED, f"nothing was changed: {error}") from None
+        return {
+            "configuration": _source(self._config_path),
+            "rules": len(self._config.rules),
+            "sessions": len(self._firewall.table),
+        }
+
     def _take_configuration(self, config: Config) -> None:
         """Go on with another configuration. Raises ConfigError or RulesetError, and then nothing has changed."""
         before, after = self._config.restart_keys(), config.restart_keys()
@@ -328,20 +429,24 @@ class Daemon:
     def _leave(self) -> None:
         """Take the rules out, or leave all in order for a successor; and hand back what waits in the queue."""
         if not self._is_handing_over:
-            self._firewall.fast_path.is_on = False
+            try:
+                Ruleset.detach()
+                if self._kernel is not None:
+                    self._firewall.retire(self._kernel.find_all(), time.monotonic())
+            except (OSError, RulesetError) as error:
+                log.error("the last counts of the kernel are lost: %s", error)
             Ruleset.remove()
             self._close_kernel()
         deadline = time.monotonic() + DRAIN_S
-        is_done = False
-        while not is_done and time.monotonic() < deadline:
-            is_done = not self._queue.turn(PACKETS_PER_TURN)
+        while self._queue.turn(PACKETS_PER_TURN) and time.monotonic() < deadline:
             self._serve_kernel()
-            if self._is_handing_over and (carriers := self._firewall.hand_over()):
-                is_done = False
-                self._serve_kernel()
-                self._firewall.finish_hand_over(carriers, time.monotonic())
-                self._serve_kernel()
+        self._serve_kernel()
+        self._firewall.credit_all()
+        while self._state is not None and self._firewall.has_changes and time.monotonic() >= self._no_save_before:
+            self._save()
         self._close_kernel()
+        if self._state is not None:
+            self._state.close()
 
     def _close_kernel(self) -> None:
         if self._kernel is not None:
@@ -361,11 +466,10 @@ class Daemon:
 
     def _count_edges(self) -> None:
         """What is counted outside of the core: requests, and packets that never came."""
-        values = self._firewall.counters.values
-        values["control_request"], values["control_refused"] = self._control.requests, self._control.refused
         stats = kernel_queue_stats(self._queue.number)
-        if stats is not None:
-            values["queue_kernel_drop"], values["queue_socket_drop"] = stats.queue_dropped, stats.socket_dropped
+        dropped = (stats.queue_dropped, stats.socket_dropped) if stats is not None else ()
+        for name, value in zip(_EDGE_COUNTERS, (self._control.requests, self._control.refused, *dropped), strict=False):
+            self._firewall.counters.values[name] = self._counted_before[name] + value
 
     def _summary(self) -> str:
         vici = "charon connected" if self._firewall.directory.is_fresh else "charon away"
@@ -395,6 +499,7 @@ class Daemon:
             "queue-waiting": stats.waiting if stats else 0,
             "queue-rules": self._ruleset.description,
             "fast-path": self._fast_path_in_words(),
+            "state-file": self._state_in_words,
             "without-fwd": "packets pass (fail-open)" if plane.fail == "open" else "packets are dropped (fail-closed)",
             "strongswan": "connected" if directory.is_fresh else f"away: {directory.lost_reason}",
             "tunnels": sum(1 for _ in directory),
@@ -492,8 +597,9 @@ def main(config_path: Path | None, check: bool, remove_rules: bool) -> None:
 
     It needs CAP_NET_ADMIN. It puts its own netfilter rules in place when it starts and takes them out when it is
     stopped (SIGTERM); those of a killed fwd stay, so that fail-closed means closed. SIGUSR1 stops it for a successor:
-    rules stay, what was decided goes on in the kernel, and the next fwd takes over sessions and counts (exit status
-    10). SIGHUP reads the configuration again, whole or not at all. Ask it with fwctl.
+    rules stay, and what was decided goes on in the kernel (exit status 10). However it ends, the next fwd goes on with
+    its sessions and counts, which are in the state file. SIGHUP (or fwctl reload) reads the configuration again, whole
+    or not at all. Ask it with fwctl.
 
     \b
       fwd --check --config my.toml     is this file right?

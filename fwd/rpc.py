@@ -14,6 +14,7 @@ INTERNAL_ERROR: Final = -32603
 FORBIDDEN: Final = -32001
 BUSY: Final = -32002
 NO_SUCH_SESSION: Final = -32004
+CONFIGURATION_REFUSED: Final = -32005
 
 DEFAULT_SOCKET: Final = "/run/fwd/control.sock"
 

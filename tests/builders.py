@@ -7,6 +7,9 @@ from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any
 
+from msgspec.structs import replace as replace_fields
+
+from fwd.core import records
 from fwd.core.fast_path import Found, Outcome, Work
 from fwd.core.firewall import Firewall, Hook
 from fwd.core.interfaces import AddressPresent, InterfaceSnapshot, LinkPresent
@@ -104,10 +107,16 @@ class Kernel:
 
     def __init__(self) -> None:
         self.elements: dict[Any, list[Any]] = {}
-        self.comments: dict[Any, tuple[int, bool, float, float | None]] = {}
+        #: Packets that no element stood for.
+        self.undecided = 0
 
     def decide(self, octets: bytes, indev: int, outdev: int) -> bool | None:
         """Whether a packet that an element stands for passes; None: it goes to the queue."""
+        passes = self._decide(octets, indev, outdev)
+        self.undecided += passes is None
+        return passes
+
+    def _decide(self, octets: bytes, indev: int, outdev: int) -> bool | None:
         octets, length = octets + bytes(48), len(octets)
         start, protocol = (40, octets[6]) if octets[0] >> 4 == 6 else ((octets[0] & 15) * 4, octets[9])
         addresses = octets[8:40] if octets[0] >> 4 == 6 else octets[12:20]
@@ -132,15 +141,12 @@ class Kernel:
         for element in work.installs:
             assert element.key not in self.elements
             self.elements[element.key] = [element.kernel_packets, element.kernel_bytes, element.verdict is Verdict.DROP]
-            session = element.flow.session
-            is_c2s = element.flow is session.c2s
-            self.comments[element.key] = (session.id, is_c2s, session.created_at, session.gated_until)
         there = [element.key for element in work.reads if element.key in self.elements]
         return Outcome(removed, {key: (self.elements[key][0], self.elements[key][1]) for key in there})
 
     def find_all(self) -> list[Found]:
         return [
-            Found(key, Verdict.DROP if is_drop else Verdict.ACCEPT, (packets, octets), *self.comments[key])
+            Found(key, Verdict.DROP if is_drop else Verdict.ACCEPT, (packets, octets))
             for key, (packets, octets, is_drop) in self.elements.items()
         ]
 
@@ -155,7 +161,9 @@ class Bench:
         self.now = 1000.0
         self.firewall = Firewall(settings(*rules, **changes), self.now)
         self.firewall.use_fast_path(fast_path)
+        self.firewall.keeps_records = True
         self.kernel = Kernel()
+        self.saved: dict[bytes, bytes] = {}
         self.offered = 0
         self._know_interfaces()
 
@@ -167,22 +175,54 @@ class Bench:
             )
         )
 
-    def restart(self, *rules: Rule, is_orderly: bool = True, **changes: Any) -> None:
-        """Another firewall takes over what is in the kernel; an orderly one had the time to write its counts there."""
-        if is_orderly and (carriers := self.firewall.hand_over()):
-            self.serve_kernel()
-            self.firewall.finish_hand_over(carriers, self.now)
-            self.serve_kernel()
-            assert not self.firewall.hand_over()
+    def restart(
+        self, *rules: Rule, saved: dict[bytes, bytes] | None = None, fast_path: bool = True, **changes: Any
+    ) -> None:
+        """Another firewall goes on with what was saved and what is in the kernel.
+
+        `saved` is what a killed one had saved, if that is not all until now.
+        """
+        if saved is None:
+            self.firewall.credit_all()
+            self.save()
+        else:
+            self.saved = saved
         self.firewall = Firewall(settings(*rules, **changes), self.now)
+        self.firewall.keeps_records = True
         self._know_interfaces()
         found = self.kernel.find_all()
-        for key in self.firewall.adopt(found, self.now):
+        for key in self.firewall.restore(self.saved, found, self.kernel.undecided, self.now):
             del self.kernel.elements[key]
-        self.firewall.use_fast_path(True)
-        self.offered = self.firewall.counters.values["pkt_recv"]
+        self.firewall.use_fast_path(fast_path)
         self.serve_kernel()
         self.check()
+
+    def save(self) -> None:
+        """Write down what changed, as the daemon does now and then."""
+        while True:
+            for key, row in self.firewall.take_changes(self.now).items():
+                if row is None:
+                    self.saved.pop(key, None)
+                else:
+                    self.saved[key] = row
+            if not self.firewall.has_changes:
+                return
+
+    def check_saved(self) -> None:
+        """What was saved is what there is, but for times that come with packets and what their numbers tell."""
+        self.save()
+        firewall = self.firewall
+        sessions = {session.id: session for session in (*firewall.table, *firewall.table.ended)}
+        totals, gates, saved = records.read(self.saved)
+        assert totals is not None and {record.id for record in saved} == sessions.keys()
+        for record in saved:
+            assert _timeless(record) == _timeless(firewall._record(sessions[record.id], self.now))
+        charged = [e for e in firewall.fast_path if e.place in (Place.PENDING, Place.KERNEL)]
+        charged += [e for session in sessions.values() for e in firewall.fast_path.leaving(session)]
+        assert firewall.fast_path.kernel_packets == sum(element.kernel_packets for element in charged)
+        assert firewall.fast_path.kernel_bytes == sum(element.kernel_bytes for element in charged)
+        for gate in gates:
+            assert firewall.gate.open_until(gate.low, gate.high) == gate.open_until
 
     def receive(self, octets: bytes) -> bool:
         return self._packet(octets, Hook.INPUT, WAN, 0)
@@ -206,6 +246,8 @@ class Bench:
             self.now = max(self.now, self.firewall.next_deadline())
             self.firewall.handle_timer(self.now)
             self.serve_kernel()
+            if self.firewall.is_save_due(self.now):
+                self.save()
         self.now = end
         self.check()
 
@@ -266,10 +308,22 @@ class Bench:
             assert element in session.elements and (element.verdict is Verdict.DROP) == is_drop
             assert self.firewall.table.live(session.id) is session
             unread += packets - element.kernel_packets
-        assert self.offered == values["pkt_recv"] + unread
+        assert self.offered == values["pkt_recv"] + values["pkt_unseen"] + unread
         allocated = values["session_allocated"]
         assert allocated == len(self.firewall.table) + values["session_ended"] + values["session_absorbed"]
         if values["session_ended"] <= self.firewall.settings.keep_ended and self.now < 1000 + 300:
             everything = [*self.firewall.table, *self.firewall.table.ended]
             assert values["pkt_session"] == sum(session.packet_count for session in everything)
             assert values["byte_session"] == sum(session.byte_count for session in everything)
+        if len(self.firewall.table) <= 64:  # it takes a while for each
+            self.check_saved()
+
+
+def _timeless(record: records.SessionRecord) -> records.SessionRecord:
+    """A record without what is not written anew for each packet."""
+    flows = [
+        replace_fields(flow, uses=tuple(replace_fields(use, last_seen_at=0.0, sequence=None) for use in flow.uses))
+        for flow in (record.c2s, record.s2c)
+    ]
+    elements = tuple(replace_fields(element, packets=0, octets=0) for element in record.elements)
+    return replace_fields(record, c2s=flows[0], s2c=flows[1], last_seen_at=0.0, ends_at=0.0, elements=elements)

@@ -33,6 +33,7 @@ def api(bench):
         lambda: {"hostname": "here"},
         lambda: None,
         lambda _: None,
+        lambda: {"configuration": "fwd.toml", "rules": 1, "sessions": 2},
     )
 
 
@@ -198,7 +199,7 @@ def test_an_answer_to_a_probe_is_an_answer(api, bench):
 
 
 def test_only_clearing_changes_anything(api):
-    assert {name for name, right in api.rights.items() if right != "read"} == {"session.clear"}
+    assert {name for name, right in api.rights.items() if right != "read"} == {"session.clear", "system.reload"}
 
 
 # --- explanations, tunnels, events ------------------------------------------------------------------------------

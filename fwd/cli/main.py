@@ -114,6 +114,7 @@ def fwctl(context: click.Context, path: str, as_json: bool) -> None:
       fwctl monitor                                   what happens, as it happens
       fwctl show counter global                       what was counted, and dropped
       fwctl clear session id 7                        forget a session
+      fwctl reload                                    read the configuration again
 
     A tunnel that ends on this host shows its SPIs as ports, in decimal: sport is the SPI that the client receives on,
     dport the one that the server receives on. ESP in transit shows 20033.
@@ -288,6 +289,19 @@ def monitor(asked: _Asked, words: tuple[str, ...], limit: int | None) -> None:
         click.echo(json.dumps(event) if asked.as_json else render.event(event, _width()))
         if number == limit:
             return
+
+
+@fwctl.command()
+@_json_option
+@click.pass_obj
+def reload(asked: _Asked) -> None:
+    """Let the daemon read its configuration again, whole or not at all.
+
+    If the file is wrong nothing changes, and it says why. Else all sessions meet the new rules, zones and timeouts:
+    what is denied now goes to DISCARD; what was discarded and is allowed now ends, and its next packet opens another
+    session. `systemctl reload fwd` does the same. `fwd --check` only looks whether the file is right.
+    """
+    asked.show(asked.client.call("system.reload"), render.reloaded)
 
 
 @fwctl.group()

@@ -541,6 +541,15 @@ def system_info(facts: Mapping[str, object]) -> str:
     return "\n".join(f"{name}: {value}" for name, value in facts.items())
 
 
+def reloaded(answer: Mapping[str, Any]) -> str:
+    """What came of a reload."""
+    rules, sessions = answer["rules"], answer["sessions"]
+    return (
+        f"{answer['configuration']}: {rules} rule{'' if rules == 1 else 's'} in force;"
+        f" {sessions} session{'' if sessions == 1 else 's'} meet them anew"
+    )
+
+
 def cleared(count: int, session_id: int | None) -> str:
     """What `clear session` did."""
     if session_id is not None:

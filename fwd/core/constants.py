@@ -123,6 +123,10 @@ SWEEP_PAUSE_S: Final = 0.02
 #: Counts that the kernel is asked for while somebody waits for an answer; any others are up to a sweep old.
 READS_PER_REQUEST: Final = 512
 
+#: What changed is written to the state file so often; of so many sessions in one go, which takes some 12 ms.
+SAVE_INTERVAL_S: Final = 0.2
+SAVE_SLICE: Final = 1024
+
 #: Sessions that an operator's `clear` ends in one go, and elements of them, so that packets do not wait for all.
 CLEAR_SLICE: Final = 256
 CLEAR_ELEMENTS: Final = 1024

@@ -58,34 +58,35 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """An element that a former daemon left in the kernel. Times are monotonic seconds, maybe negative; `gated_until` is
-    when the session's IKE gate would have closed as far as was known when the element was made, None if it had none.
-    """
+    """An element that a former daemon left in the kernel."""
 
     key: ElementKey
     verdict: Verdict
     reading: Reading
-    session_id: int
-    is_c2s: bool
-    started_at: float
-    gated_until: float | None = None
 
 
 class FastPath:
     """All elements, and what is to be done about them. `capacity` is the most that the kernel's maps hold.
 
-    `credit` is called to count what an element has in `own_packets`: now and then, and before anybody asks.
+    `credit` is called to count what an element has in `own_packets`: now and then, and before anybody asks. `changed`
+    is told of sessions whose elements in the kernel are others now.
     """
 
-    def __init__(self, capacity: int, credit: Callable[[Element], None]) -> None:
+    def __init__(
+        self, capacity: int, credit: Callable[[Element], None], changed: Callable[[Session], None] = lambda _: None
+    ) -> None:
         self.capacity = capacity
         self._credit = credit
+        self._changed = changed
         #: Whether new elements are handed on to the kernel.
         self.is_on = False
         #: Elements that wait for the kernel; verdicts have to wait for them. Always the same list.
         self.pending: list[Element] = []
         #: How many elements the kernel has.
         self.in_kernel = 0
+        #: What the elements that are in the kernel, or on their way in or out, had counted when they were read last.
+        self.kernel_packets = self.kernel_bytes = 0
+        self._leaving: dict[Session, dict[Element, None]] = {}
         self._removals: list[Element] = []
         #: Removals that the kernel did not answer, to be asked for again.
         self._unanswered: list[Element] = []
@@ -136,12 +137,43 @@ class FastPath:
         if self.is_on and not session.rule.inspects_every_packet:
             element.place = Place.PENDING
             self.pending.append(element)
+            self._charge(element, 1)
+            self._changed(session)
         return True
 
-    def adopt(self, found: Found, use: SpiUse, now: float) -> None:
-        """Take over an element that is in the kernel already; what it counted is the caller's to add."""
-        self._take_in(Element(found.key, use, found.verdict, *found.reading, now, Place.KERNEL, looked_at=now))
+    def adopt(self, found: Found, use: SpiUse, now: float) -> Element:
+        """Take over an element that is in the kernel already; what it counted has yet to be read."""
+        element = Element(found.key, use, found.verdict, 0, 0, now, Place.KERNEL, looked_at=now)
+        self._take_in(element)
         self.in_kernel += 1
+        self._changed(element.flow.session)
+        return element
+
+    def leaving(self, session: Session) -> Collection[Element]:
+        """Elements of a session that the kernel is to remove, of which it has not said the last counts."""
+        return self._leaving.get(session, {}).keys()
+
+    def note_reading(self, element: Element, reading: Reading) -> None:
+        """The kernel's counter of an element, as it is now."""
+        self.kernel_packets += reading[0] - element.kernel_packets
+        self.kernel_bytes += reading[1] - element.kernel_bytes
+        element.kernel_packets, element.kernel_bytes = reading
+        element.is_unsaved = True
+
+    def note_removed(self, element: Element) -> None:
+        """The kernel has it no more, and its last counts are known, or never will be."""
+        session = next((s for s in (element.flow.session, *self._leaving) if element in self.leaving(s)), None)
+        if session is None:
+            return
+        del self._leaving[session][element]
+        if not self._leaving[session]:
+            del self._leaving[session]
+        self._charge(element, -1)
+        self._changed(element.flow.session)
+
+    def _charge(self, element: Element, sign: int) -> None:
+        self.kernel_packets += sign * element.kernel_packets
+        self.kernel_bytes += sign * element.kernel_bytes
 
     def settle(self, installs: Iterable[Element], refused: Collection[ElementKey]) -> None:
         """The kernel has taken these over, but for those that it refused.
@@ -153,6 +185,9 @@ class FastPath:
                 is_installed = element.key not in refused
                 element.place = Place.KERNEL if is_installed else Place.DAEMON
                 self.in_kernel += is_installed
+                if not is_installed:
+                    self._charge(element, -1)
+                    self._changed(element.flow.session)
 
     def remove_again(self, element: Element) -> bool:
         """The kernel did not answer when it was to remove this one: it is asked again. False: it was often enough."""
@@ -174,6 +209,7 @@ class FastPath:
             self._credit(element)
             if element.place is Place.KERNEL:
                 self._removals.append(element)
+                self._leaving.setdefault(element.flow.session, {})[element] = None
         self._forget(gone)
 
     def look_at(self, elements: Iterable[Element]) -> None:
@@ -216,7 +252,9 @@ class FastPath:
     def forget_lost(self, element: Element) -> None:
         """The kernel says that it has this one no more."""
         if element.place is not Place.GONE:
+            self._leaving.setdefault(element.flow.session, {})[element] = None
             self._forget([element])
+        self.note_removed(element)
 
     def next_deadline(self) -> float | None:
         """When `sweep` wants to be called; None if there is nothing to look at."""
@@ -267,9 +305,12 @@ class FastPath:
         sessions = set()
         for element in elements:
             self.in_kernel -= element.place is Place.KERNEL
+            if element.place is Place.PENDING:
+                self._charge(element, -1)
             element.place = Place.GONE
             sessions.add(element.flow.session)
             if self._elements.get(element.key) is element:
                 del self._elements[element.key]
         for session in sessions:
             session.elements = tuple(element for element in session.elements if element.place is not Place.GONE)
+            self._changed(session)

@@ -15,11 +15,14 @@ repeats the flow's verdict, in the daemon or in the kernel (`_count` brings its 
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
+from itertools import islice
 from math import inf
 
+from . import records
 from .ager import Ager
 from .constants import (
     CLEAR_ELEMENTS,
@@ -40,7 +43,10 @@ from .constants import (
     READS_PER_REQUEST,
     SA_LINGER_S,
     SA_SLICE,
+    SAVE_INTERVAL_S,
+    SAVE_SLICE,
     SWEEP_INTERVAL_S,
+    SWEEP_PAUSE_S,
     UNKNOWN_SPI_KEYS,
     WATCH_INTERVAL_S,
     WATCH_SLICE,
@@ -68,6 +74,7 @@ from .pairing import SpiSessions, proven_pairs
 from .policy import Action, Rule, Verdict
 from .sa import (
     ChildSa,
+    KnownSa,
     SaAdded,
     SaDeleted,
     SaDirectory,
@@ -100,7 +107,7 @@ from .session import (
 )
 from .settings import PassThrough, Settings, TransitPorts, UnknownSpi
 from .state import EndReason, State, Trigger
-from .table import Key, SessionTable, TableFull
+from .table import MAX_ID, Key, KeyInUse, SessionTable, TableFull
 from .tunnels import Tunnels
 
 
@@ -127,6 +134,15 @@ _END_COUNTERS = {
 }
 
 
+#: Counters that packets which the kernel decides on are a part of.
+_COUNTED_BY_KERNEL = {
+    "pkt_recv": "packets",
+    "pkt_session": "packets",
+    "pkt_fast_path": "packets",
+    "byte_session": "bytes",
+}
+
+
 class Firewall:
     """The session table, the SAs, the interfaces and the policy of one host. Times are monotonic seconds."""
 
@@ -138,7 +154,7 @@ class Firewall:
         self.directory = SaDirectory()
         self.interfaces = InterfaceTable()
         # One element each way is what most sessions need.
-        self.fast_path = FastPath(2 * settings.max_sessions, self._credit)
+        self.fast_path = FastPath(2 * settings.max_sessions, self._credit, self._note)
         self._element = self.fast_path.lookup
         self.started_at = now
         self._tunnels = Tunnels()
@@ -161,6 +177,12 @@ class Firewall:
         self._next_close_watch_at = 0.0
         self._events: deque[Event] = deque()
         self._to_clear: deque[Session] = deque()
+        self._to_rematch: deque[Session] = deque()
+        #: Whether what changes is noted, for `take_changes`.
+        self.keeps_records = False
+        self._changed: dict[int, None] = {}  # ids, in order
+        self._next_save_at = 0.0
+        self._queue_offset = 0
         self._asked: list[Session] = []
 
     # --- what goes in --------------------------------------------------------------------------------
@@ -256,6 +278,7 @@ class Firewall:
                 case SaReplaced(_, sa):
                     if session := self._tunnels.get(sa.tunnel):
                         session.rekeys += 1
+                        self._note(session)
                         self._events.append(SessionRekeyed(session, sa))
                 case SaUpdated(old, sa):
                     self._update_sa(old, sa, now)
@@ -288,7 +311,7 @@ class Firewall:
         self._zones_changed()
 
     def reconfigure(self, settings: Settings) -> None:
-        """Take new settings for all sessions to come; those that exist keep their rule and timeout.
+        """Take new settings. The sessions that exist meet the new rules and timeouts soon, a slice at a time.
 
         If ESP in transit has to pass the IKE gate from now on, what exists opens it, once, as an exchange would.
         """
@@ -299,6 +322,7 @@ class Firewall:
         self.table.capacity = settings.max_sessions
         self.table.keep_ended = settings.keep_ended
         self._zones_changed()
+        self._to_rematch = deque(self.table)
 
     def use_fast_path(self, is_on: bool) -> None:
         """Whether the kernel is to repeat decisions. Off: it forgets those that it has, bit by bit."""
@@ -343,8 +367,10 @@ class Firewall:
             deadlines.append(self._next_close_watch_at)
         if (pairing := self.spi_sessions.next_deadline()) is not None:
             deadlines.append(pairing)
-        if self._to_clear or self._to_gate or self._learning:
+        if self._to_clear or self._to_gate or self._to_rematch or self._learning:
             deadlines.append(0.0)
+        if self._changed:
+            deadlines.append(self._next_save_at)
         return min(deadlines)
 
     def handle_timer(self, now: float) -> None:
@@ -370,15 +396,20 @@ class Firewall:
             if is_in_transit and session.state is State.ACTIVE and self.table.live(session.id) is session:
                 self.gate.open(session.client.address, session.server.address, now + self.settings.ike_gate_s)
                 self.gate.join(session)
+                self._note(session)
         self._follow_gates(now)
         self._pair_up(now)
         if now >= self._next_watch_at:
             self._watch(now)
         if now >= self._next_close_watch_at:
             self._watch_closely(now)
+        for session in [self._to_rematch.popleft() for _ in range(min(GATE_SLICE, len(self._to_rematch)))]:
+            if self.table.live(session.id) is session:
+                self._rematch(session, now)
         idle_since = now - ELEMENT_IDLE_S
         self.fast_path.withdraw(element for element in self.fast_path.sweep(now) if element.seen_at < idle_since)
-        self.table.forget_ended(now - self.settings.keep_ended_s)
+        for session in self.table.forget_ended(now - self.settings.keep_ended_s):
+            self._note(session)
         is_pressed = self.table.utilisation >= self.settings.ageing_threshold
         factor = self.settings.ageing_factor if is_pressed else 1
         if factor != self.ager.factor:
@@ -403,22 +434,26 @@ class Firewall:
         self.counters.add("fast_path_refused", len(outcome.refused))
         idle_since = now - ELEMENT_IDLE_S
         to_look_at: list[Element] = []
-        for elements, readings in ((work.removals, outcome.removed), (work.reads, outcome.read)):
-            for element in elements:
-                reading = readings.get(element.key)
-                if reading is None:
-                    if element.key in outcome.unknown and (
-                        readings is outcome.read or self.fast_path.remove_again(element)
-                    ):
-                        continue
-                    self.fast_path.forget_lost(element)
-                    self.counters.add("fast_path_lost")
-                elif packets := reading[0] - element.kernel_packets:
-                    self._credit_reading(element, reading, now)
-                    is_fit = packets <= LOOK_MAX_PACKETS and reading[0] > LOOK_MIN_PACKETS
-                    if is_fit and now - element.looked_at >= LOOK_INTERVAL_S:
-                        to_look_at.append(element)
-                elif element.seen_at < idle_since and element.place is Place.KERNEL:
+        for element in work.removals:
+            if (reading := outcome.removed.get(element.key)) is not None:
+                self._credit_reading(element, reading, now)
+                self.fast_path.note_removed(element)
+            elif element.key not in outcome.unknown or not self.fast_path.remove_again(element):
+                self._lose(element)
+        for element in work.reads:
+            if (reading := outcome.read.get(element.key)) is None:
+                if element.key not in outcome.unknown:
+                    self._lose(element)
+            elif packets := reading[0] - element.kernel_packets:
+                self._credit_reading(element, reading, now)
+                is_fit = packets <= LOOK_MAX_PACKETS and reading[0] > LOOK_MIN_PACKETS
+                if is_fit and now - element.looked_at >= LOOK_INTERVAL_S:
+                    to_look_at.append(element)
+            else:
+                if element.is_unsaved:  # it has fallen silent
+                    element.is_unsaved = False
+                    self._note(element.flow.session)
+                if element.seen_at < idle_since and element.place is Place.KERNEL:
                     self.fast_path.withdraw((element,))
         self.fast_path.look_at(e for e in to_look_at[:LOOKS_PER_TURN] if e.place is Place.KERNEL)
         asked, self._asked = self._asked, []
@@ -428,60 +463,202 @@ class Firewall:
             if not self.ager.is_due(session, now):
                 self.ager.resume(session)
             elif any(element.key in outcome.unknown for element in session.elements):
-                self.ager.arm(session, SWEEP_INTERVAL_S, now)  # nobody knows whether packets came
+                self._arm(session, SWEEP_INTERVAL_S, now)  # nobody knows whether packets came
             else:
                 self._time_is_up(session, now)
 
-    def adopt(self, everything: Iterable[Found], now: float) -> list[ElementKey]:
-        """Take over what a former daemon left in the kernel: its sessions go on, with what was counted under them.
+    # --- what outlives the daemon ---------------------------------------------------------------------
 
-        To be called before the first packet. Sessions of this host's tunnels wait for the IKE daemon to claim them.
-        Gives those elements that there is no place for: the kernel is to be rid of them.
+    @property
+    def has_changes(self) -> bool:
+        """Whether a session has changed since `take_changes` was asked last."""
+        return bool(self._changed)
+
+    def is_save_due(self, now: float) -> bool:
+        """Whether it is time to ask `take_changes`."""
+        return bool(self._changed) and now >= self._next_save_at
+
+    def take_changes(self, now: float, of: Iterable[Session] | None = None) -> dict[bytes, bytes | None]:
+        """The records that changed since this was asked last, by their keys; None: there is no such record any more.
+
+        Those of SAVE_SLICE sessions at most: if more have changed, they come with the next call. Or those of some
+        sessions only.
         """
-        refused = []
-        # The newest word on a session's gate comes first: older elements of it do not know of later exchanges.
-        for found in sorted(everything, key=lambda found: found.gated_until or 0.0, reverse=True):
-            try:
-                flow = self._revive(found, now)
-            except TableFull:
-                refused.append(found.key)
+        if of is None:
+            self._next_save_at = now + (SAVE_INTERVAL_S if len(self._changed) <= SAVE_SLICE else SWEEP_PAUSE_S)
+            chosen = list(islice(self._changed, SAVE_SLICE))
+        else:
+            chosen = list(dict.fromkeys(session.id for session in of))
+        rows: dict[bytes, bytes | None] = {}
+        for session_id in chosen:
+            self._changed.pop(session_id, None)
+            session = self.table.find(session_id)
+            rows[records.session_key(session_id)] = (
+                records.to_bytes(self._record(session, now)) if session is not None else None
+            )
+        for peers, until in self.gate.take_changed().items():
+            rows[records.gate_key(peers)] = records.to_bytes(records.GateRecord(*peers, until)) if until else None
+        rows[records.TOTALS_KEY] = records.to_bytes(self._totals())
+        return rows
+
+    def save_all(self, at: float) -> None:
+        """All records are to be written anew at that time, for some may not have been."""
+        for session in (*self.table, *self.table.ended):
+            self._note(session)
+        self._next_save_at = at
+
+    def credit_all(self) -> None:
+        """Count what the daemon answered from elements, instead of now and then."""
+        for element in self.fast_path:
+            self._credit(element)
+
+    def _record(self, session: Session, now: float) -> records.SessionRecord:
+        left_s = session.expires_at - self.ager.age(now)
+        ended_at = self.table.ended_at(session.id)
+        leaving = self.fast_path.leaving(session)
+        known = (self.directory.known(sa) for sa in session.sas) if ended_at is None else ()
+        rekeyed = [found.sa for found in known if found is not None and found.is_rekeyed]
+        return records.session_record(session, self._flows_of(session), leaving, rekeyed, left_s, ended_at, now)
+
+    def _totals(self) -> records.TotalsRecord:
+        values = dict(self.counters.values)
+        packets, octets = self.fast_path.kernel_packets, self.fast_path.kernel_bytes
+        for name, counted in _COUNTED_BY_KERNEL.items():
+            values[name] -= octets if counted == "bytes" else packets
+        return records.TotalsRecord(values, self.table.last_id, self._queue_offset, self.directory.answered_at)
+
+    def _handled(self, values: Mapping[str, int]) -> int:
+        """Packets that the kernel did not decide on by itself, as far as they were counted."""
+        lost = values["queue_kernel_drop"] + values["queue_socket_drop"]
+        return values["pkt_recv"] - values["pkt_fast_path"] + lost
+
+    def restore(
+        self, rows: Mapping[bytes, bytes], found: Iterable[Found], undecided: int | None, now: float
+    ) -> list[ElementKey]:
+        """Go on where a former daemon stopped: with its records, and what it left in the kernel.
+
+        To be called before the first packet. `undecided` is how many packets had reached the queue's rule since the
+        kernel has these elements, when the queue became this daemon's, if it tells. What nobody counted of them stands
+        in `pkt_unseen`. All sessions meet the rules anew. Gives those elements that belong to no session: the kernel is
+        to be rid of them. Raises RecordError for
+        rows that are no records, and then nothing has changed.
+        """
+        totals, gates, sessions = records.read(rows)
+        if totals is not None:
+            self.directory.answered_at = totals.ike_answered_at
+        elements = {element.key: element for element in found}
+        for gate in gates:
+            self.gate.open(gate.low, gate.high, gate.open_until)
+        names = {rule.name: rule for rule in (CLOSED, *self.settings.policy.rules, self.settings.policy.default)}
+        for record in sorted(sessions, key=lambda record: (record.ended_at or 0.0, record.id)):
+            self._restore_session(record, names, elements, now)
+        if totals is not None:
+            self.table.last_id = max(self.table.last_id, min(totals.last_session_id, MAX_ID))
+            for name, value in totals.counters.items():
+                if name in self.counters.values:
+                    self.counters.values[name] += value
+        orphans = [element for element in elements.values() if not self._take_over_nameless(element, now)]
+        self._lingering = deque(sorted(self._lingering, key=lambda lingering: lingering[0]))
+        known = len(elements) - len(orphans)
+        if undecided is not None:
+            if totals is not None:
+                # Of an element that no record names, the first packet came by the queue, and was not counted then.
+                before = totals.queue_offset + self._handled(totals.counters) + known
+                unseen = undecided - before + sum(element.reading[0] - 1 for element in orphans)
+                self.counters.add("pkt_unseen", max(0, unseen))
+            self._queue_offset = undecided - self._handled(self.counters.values)
+        for session in list(self.table):
+            self._note(session)
+            self._rematch(session, now)
+        return [element.key for element in orphans]
+
+    def _restore_session(
+        self, record: records.SessionRecord, names: Mapping[str, Rule], elements: dict[ElementKey, Found], now: float
+    ) -> None:
+        """One session, and those of the kernel's elements that its record names: they are taken out of `elements`."""
+        is_denied = record.state is State.DISCARD
+        rule = names.get(record.rule) or Rule(record.rule, Action.DENY if is_denied else Action.ALLOW)
+        session = records.session_of(record, rule)
+        try:
+            self.table.restore(session, records.keys_of(record, session), record.ended_at)
+        except KeyInUse:  # a record that is older than another one: the other one is right
+            self.counters.add("session_not_restored")
+            self._note(session)
+            return
+        if record.ended_at is None:
+            self._arm(session, max(0.0, record.ends_at - now), now)
+            self._restore_place(session, record, now)
+        for named in sorted(record.elements, key=lambda named: named.packets, reverse=True):
+            use = session.flow(named.is_c2s).note_spi(named.spi, now)
+            there = elements.get(named.key)
+            if there is not None and there.reading[0] >= named.packets:
+                del elements[named.key]
+                self._take_over(there, use, named.packets, now)
+            else:  # it went with the former daemon: what it had counted when it was read last is all that is known
+                lost = Element(named.key, use, Verdict.ACCEPT, 0, 0, use.last_seen_at, Place.GONE)
+                self._count(lost, named.packets, named.octets, news=0)
+                self.counters.add("pkt_fast_path", named.packets)
+                self.counters.add("fast_path_lost")
+
+    def _restore_place(self, session: Session, record: records.SessionRecord, now: float) -> None:
+        """Let a live session be found wherever else its like are found."""
+        is_in_transit = not session.is_terminated and session.application is not Application.IKE
+        if session.generations:
+            self._restore_tunnel(session, record, now)
+        elif session.is_terminated and not session.is_provisional and (session.c2s.uses or session.s2c.uses):
+            self._unclaimed[session] = None
+        is_of_spi = any(isinstance(key, FlowKey) and key.low_port for key in session.keys)
+        if is_in_transit and is_of_spi and session.application is Application.IPSEC_ESP:
+            self.spi_sessions.join(session)
+            if len(session.keys) > 1:
+                self.spi_sessions.pair(session)
+        if is_in_transit and self.settings.pass_through is PassThrough.IKE_GATED:
+            if record.is_gated:
+                self.gate.join(session)
+            else:
+                self._to_gate.append(session)
+
+    def _restore_tunnel(self, session: Session, record: records.SessionRecord, now: float) -> None:
+        before: KnownSa | None = None
+        for generation in record.generations:
+            sa = generation.sa
+            if generation.removed_at is None:
+                replaces = before if before is not None and before.is_rekeyed else None
+                before = self.directory.restore(sa, generation.installed_at, replaces, generation.is_rekeyed)
                 continue
-            session = flow.session
-            self.fast_path.adopt(found, flow.note_spi(int.from_bytes(found.key[2][-4:]), now), now)
-            session.elements[-1].use.unseen_count += found.reading[0]
-            self._count(session.elements[-1], *found.reading)
-            self.counters.add("pkt_fast_path", found.reading[0])
-            is_otherwise = (found.verdict is Verdict.DROP) != (session.state is State.DISCARD)
-            is_nameless = session.gate is not None and found.gated_until is None
-            if is_otherwise or is_nameless or session.rule.inspects_every_packet:
-                self.fast_path.withdraw(session.elements)  # today it is decided otherwise, by a gate, or one by one
-        return refused
+            self.directory.remember(sa, generation.end or SaEnd.VANISHED, generation.removed_at)
+            if sa.key_in in session.keys or sa.key_out in session.keys:
+                self._lingering.append((max(now, generation.removed_at + SA_LINGER_S), session, sa))
+        tunnel = session.generations[-1].sa.tunnel
+        if (session.sas or session.state is State.CLOSING) and self._tunnels.get(tunnel) is None:
+            self._tunnels.add(tunnel, session)
 
-    def hand_over(self) -> list[Element]:
-        """Prepare for a successor: withdraw one element of each flow of which the daemon counted packets itself.
+    def _take_over(self, found: Found, use: SpiUse, known: int, now: float) -> None:
+        """An element of a former daemon goes on in this one; `known` packets of it were counted before."""
+        element = self.fast_path.adopt(found, use, now)
+        element.seen_at = now if found.reading[0] > known else use.last_seen_at
+        self.fast_path.note_reading(element, found.reading)
+        use.unseen_count += found.reading[0]
+        self._count(element, *found.reading, news=found.reading[0] - known)
+        self.counters.add("pkt_fast_path", found.reading[0])
+        session = use.flow.session
+        is_otherwise = (found.verdict is Verdict.DROP) != (session.state is State.DISCARD)
+        if is_otherwise or not session.is_decided or session.rule.inspects_every_packet:
+            self.fast_path.withdraw((element,))
 
-        After their outcome, `finish_hand_over` puts them back with all that was counted. Empty: there is nothing to do.
-        """
-        carriers = []
-        for session in self.table:
-            for element in session.elements:
-                self._credit(element)
-            for flow in (session.c2s, session.s2c):
-                elements = [e for e in session.elements if e.flow is flow and e.place is Place.KERNEL]
-                if elements and flow.packet_count != sum(element.kernel_packets for element in elements):
-                    carriers.append(elements[0])
-        self.fast_path.withdraw(carriers)
-        return carriers + self.fast_path.take_looked_at()
-
-    def finish_hand_over(self, carriers: Iterable[Element], now: float) -> None:
-        """The kernel's counters include what the daemon counted: whoever adopts the elements goes on from there."""
-        for carrier in carriers:
-            flow = carrier.flow
-            placed = (Place.KERNEL, Place.PENDING)  # those of the carriers before this one
-            others = [e for e in flow.session.elements if e.flow is flow and e.place in placed]
-            packets = flow.packet_count - sum(element.kernel_packets for element in others)
-            octets = flow.byte_count - sum(element.kernel_bytes for element in others)
-            self.fast_path.learn(carrier.key, carrier.use, carrier.verdict, (packets, octets), now)
+    def _take_over_nameless(self, found: Found, now: float) -> bool:
+        """The same for one that no record names, since the former daemon was killed; whether there is a session."""
+        indev, outdev, outer = found.key
+        hook = Hook.FORWARD if indev and outdev else Hook.INPUT if indev else Hook.OUTPUT
+        packet = packet_of(outer)
+        key = self._key(packet, hook, indev or outdev, outdev or indev)
+        flow = self.table.lookup(key)
+        if flow is None or packet.spi is None:
+            return False
+        flow = flow.session.flow_of(packet) if isinstance(key, FlowKey) else flow
+        self._take_over(found, flow.note_spi(packet.spi, now), 0, now)
+        self.counters.add("pkt_fast_path", -1)  # its first packet came by the queue
+        return True
 
     def linked(self, session: Session) -> list[Session]:
         """Other sessions of the same peers that are part of the same tunnel: ESP, and the IKE beside it.
@@ -537,25 +714,42 @@ class Firewall:
         """The live session of the tunnel that this SA belongs to."""
         return self._tunnels.get(sa.tunnel)
 
+    def retire(self, found: Iterable[Found], now: float) -> None:
+        """The kernel decides nothing any more: count what is in its maps, which nobody will read again."""
+        everything = list(self.fast_path)
+        self.fast_path.is_on = False
+        self.fast_path.withdraw(everything)
+        last = {element.key: element.reading for element in found}
+        while (work := self.take_work()) is not None:
+            self.apply_outcome(work, Outcome(removed=last, refused={element.key for element in work.installs}), now)
+
     # --- one verdict, one place to count ------------------------------------------------------------
 
     def _credit(self, element: Element) -> None:
         """Count what the daemon answered from an element."""
         if element.own_packets:
             self._count(element, element.own_packets, element.own_bytes)
+            self._note(element.flow.session)
             element.own_packets = element.own_bytes = 0
+
+    def _lose(self, element: Element) -> None:
+        """The kernel has an element no more, and nobody knows its last counts."""
+        self.fast_path.forget_lost(element)
+        self.counters.add("fast_path_lost")
 
     def _credit_reading(self, element: Element, reading: Reading, now: float) -> None:
         """Count what the kernel counted under an element since it was read last."""
         packets, octets = reading[0] - element.kernel_packets, reading[1] - element.kernel_bytes
-        element.kernel_packets, element.kernel_bytes = reading
+        if not packets:
+            return
+        self.fast_path.note_reading(element, reading)
         element.seen_at = now
         element.use.unseen_count += packets
         self._count(element, packets, octets)
         self.counters.add("pkt_fast_path", packets)
 
-    def _count(self, element: Element, packets: int, octets: int) -> None:
-        """Packets that were decided like one before them."""
+    def _count(self, element: Element, packets: int, octets: int, news: int | None = None) -> None:
+        """Packets that were decided like one before them; `news` of them were never counted before, if not all."""
         use, flow = element.use, element.use.flow
         flow.packet_count += packets
         flow.byte_count += octets
@@ -563,7 +757,7 @@ class Firewall:
         use.byte_count += octets
         use.last_seen_at = max(use.last_seen_at, element.seen_at)
         if flow.session.is_terminated:
-            self._hold_against_control(use, packets, element.looked_at)
+            self._hold_against_control(use, packets if news is None else news, element.looked_at)
         for name, amount in (("pkt_recv", packets), ("pkt_session", packets), ("byte_session", octets)):
             self.counters.add(name, amount)
         self._prolong(flow.session, element.seen_at)
@@ -581,6 +775,7 @@ class Firewall:
         self.counters.add("pkt_session")
         self.counters.add("byte_session", packet.length)
         self._prolong(flow.session, now)
+        self._note(flow.session)
         if packet.spi is None or packet.seq is None:
             return None
         known = flow.use(packet.spi)
@@ -610,6 +805,7 @@ class Firewall:
         elif generation and generation.removed_at is not None and decided_at > generation.removed_at + SA_LINGER_S:
             self.counters.add("pkt_deleted_sa", packets)
             generation.after_end_count += packets
+            self._note(session)
 
     def _count_strangers(self, use: SpiUse, packets: int) -> None:
         session = use.flow.session
@@ -620,6 +816,17 @@ class Firewall:
     def _note_fragment(self, flow: Flow) -> None:
         flow.fragment_count += 1
         self.counters.add("pkt_fragment")
+        self._note(flow.session)
+
+    def _note(self, session: Session) -> None:
+        """The session's record is to be written anew."""
+        if self.keeps_records:
+            self._changed[session.id] = None
+
+    def _arm(self, session: Session, timeout_s: float, now: float) -> None:
+        """Let the session's time be up after so many seconds of the ager's time."""
+        self._note(session)
+        self.ager.arm(session, timeout_s, now)
 
     def _drop(self, counter: str) -> Verdict:
         self.counters.add(counter)
@@ -649,10 +856,8 @@ class Firewall:
         (session,) = tunnels
         return session.outbound if packet.src == session.outbound.address else session.inbound
 
-    def _set_up(
-        self, packet: Packet, key: Key, hook: int, ingress: int, egress: int, now: float, was: Found | None = None
-    ) -> Flow:
-        """Open a session for a packet that belongs to none; `was` says if there was one before. Raises TableFull."""
+    def _set_up(self, packet: Packet, key: Key, hook: int, ingress: int, egress: int, now: float) -> Flow:
+        """Open a session for a packet that belongs to none. Raises TableFull."""
         if not isinstance(key, FlowKey):
             sa = self.directory.lookup(key)
             if sa is not None:  # its session was refused or lost its place: make it now
@@ -667,50 +872,39 @@ class Firewall:
         # What may be a tunnel's of this host, although it cannot be told yet or ever, is judged as such.
         is_fragment = packet.kind is Kind.ESP and packet.spi is None and hook != Hook.FORWARD
         is_maybe_tunnel = is_provisional or (is_fragment and bool(self._tunnels.between(packet.src, packet.dst)))
-        is_c2s = was is None or was.is_c2s
         sport, dport = ports_of(packet, key)
-        sides = [
-            (Flow(packet.src, self._zone(ingress), sport), self.interfaces.name_of(ingress)),
-            (Flow(packet.dst, self._zone(egress), dport), self.interfaces.name_of(egress)),
-        ]
-        (client, client_interface), (server, server_interface) = sides if is_c2s else reversed(sides)
+        client, server = Flow(packet.src, self._zone(ingress), sport), Flow(packet.dst, self._zone(egress), dport)
         session = Session(
-            self.table.allocate_id(was.session_id if was else None),
+            self.table.allocate_id(),
             application,
             client,
             server,
             self._rule(client, server, Application.IPSEC_UDP if is_maybe_tunnel else application),
             hook != Hook.FORWARD,
-            client_interface,
-            server_interface,
+            self.interfaces.name_of(ingress),
+            self.interfaces.name_of(egress),
             self.settings.timeouts_s[application],
-            was.started_at if was else now,
+            now,
             is_provisional=is_provisional,
         )
-        flow = session.flow(is_c2s)
-        self._take_in(session, {key: flow})
+        self._take_in(session, {key: client})
         if is_provisional:
             self.counters.add("session_provisional")
         elif packet.kind is not Kind.IKE and hook == Hook.FORWARD:
             if self.settings.pass_through is PassThrough.IKE_GATED:
-                self._ask_gate(session, was, now)
+                self._ask_gate(session, now)
             if isinstance(key, FlowKey) and key.low_port and packet.kind is Kind.ESP:
                 self.spi_sessions.join(session)
         self._decide(session, now)
         if is_provisional and session.state is State.ACTIVE:
             session.refresh_s = 0
-            self.ager.arm(session, self.settings.unknown_spi_grace_s, now)
-        return flow
+            self._arm(session, self.settings.unknown_spi_grace_s, now)
+        return client
 
-    def _ask_gate(self, session: Session, was: Found | None, now: float) -> None:
+    def _ask_gate(self, session: Session, now: float) -> None:
         """Let the IKE gate between its peers have its say on a session in transit that a rule allows."""
         if session.rule.action is Action.DENY:
             return
-        a, b = session.client.address, session.server.address
-        if was is not None and was.verdict is Verdict.ACCEPT:  # a former daemon saw the exchange, or had no gate
-            until = now + self.settings.ike_gate_s if was.gated_until is None else was.gated_until
-            if until > now:
-                self.gate.open(a, b, until)
         if not self.gate.join(session).is_open(now):
             session.rule = CLOSED
             self.counters.add("flow_ike_gate_closed")
@@ -756,11 +950,13 @@ class Firewall:
                 first.client.port = second.c2s.uses[-1].spi  # each side's port is the SPI that it receives on
                 self._absorb(second, first, turned=True)
                 self.table.index(first, dict.fromkeys(keys, first.s2c))
+                self._note(first)
                 self.spi_sessions.pair(first)
                 self.spi_sessions.leave(second)
 
     def _take_in(self, session: Session, entries: Mapping[Key, Flow]) -> None:
         self.table.add(session, entries)
+        self._note(session)
         self.counters.add("session_allocated")
         self._events.append(SessionCreated(session))
 
@@ -775,7 +971,7 @@ class Firewall:
 
     def _keep_alive(self, session: Session, now: float) -> None:
         session.refresh_s = session.timeout_s
-        self.ager.arm(session, session.timeout_s, now)
+        self._arm(session, session.timeout_s, now)
 
     def _discard(self, session: Session, now: float) -> None:
         self.fast_path.withdraw(session.elements)
@@ -783,7 +979,7 @@ class Firewall:
         session.end_reason = EndReason.POLICY_DENY
         session.timeout_s = self.settings.discard_timeout_s
         session.refresh_s = 0  # PAN-OS: packets do not prolong a discard session
-        self.ager.arm(session, session.timeout_s, now)
+        self._arm(session, session.timeout_s, now)
         self.counters.add("session_discard")
         self._events.append(SessionDiscarded(session))
 
@@ -812,6 +1008,7 @@ class Firewall:
         self._unclaimed[generic] = None
         own = {key: generic.flow((flow is session.c2s) != turned) for key, flow in flows.items()}
         self.table.index(generic, own)
+        self._note(generic)
         spi_keys = [key for key in generic.keys if not isinstance(key, FlowKey)]
         self._unindex(generic, spi_keys[:-UNKNOWN_SPI_KEYS])
         self._prolong(generic, session.last_seen_at)
@@ -826,27 +1023,6 @@ class Firewall:
         """The keys of a session, each with the flow that it leads to."""
         flows = {key: self.table.lookup(key) for key in session.keys}
         return {key: flow for key, flow in flows.items() if flow is not None}
-
-    def _revive(self, found: Found, now: float) -> Flow:
-        """The session and flow of an element that a former daemon left in the kernel. Raises TableFull."""
-        indev, outdev, outer = found.key
-        hook = Hook.FORWARD if indev and outdev else Hook.INPUT if indev else Hook.OUTPUT
-        packet = packet_of(outer)
-        ingress, egress = indev or outdev, outdev or indev
-        key = self._key(packet, hook, ingress, egress)
-        known = self.table.lookup(key)
-        if known is not None:
-            return known.session.flow_of(packet) if isinstance(key, FlowKey) else known
-        session = self.table.live(found.session_id)
-        is_spi_session = isinstance(key, FlowKey) and session in self.spi_sessions
-        if session is None or not (session.is_provisional or is_spi_session):
-            return self._set_up(packet, key, hook, ingress, egress, now, found)
-        flow = session.flow(found.is_c2s)
-        if is_spi_session and packet.spi is not None:  # a pair that was proven: each side's port is what it receives on
-            (session.server if found.is_c2s else session.client).port = packet.spi
-            self.spi_sessions.pair(session)
-        self.table.index(session, {key: flow})
-        return flow
 
     # --- sessions that the IKE daemon announces -------------------------------------------------------
 
@@ -876,6 +1052,7 @@ class Firewall:
             self._add_sa(new, now)
             return
         generation.sa = new
+        self._note(session)
         if (old.key_in, old.key_out) != (new.key_in, new.key_out):
             generation.moves += 1
             self.counters.add("sa_moved")
@@ -905,6 +1082,8 @@ class Firewall:
         if any(other.sas for other in holders.values()):
             self.counters.add("sa_spi_conflict")
             session.generations = tuple(generation for generation in session.generations if generation.sa != sa)
+            if not is_new:
+                self._note(session)
             return
         provisional = list(dict.fromkeys(other for other in holders.values() if other.is_provisional))
         if is_new and len(self.table) - len(provisional) >= self.table.capacity:
@@ -923,7 +1102,7 @@ class Firewall:
             self._take_in(session, flows)
             self._tunnels.add(sa.tunnel, session)
             self.counters.add("session_predicted")
-            self.ager.arm(session, session.timeout_s, now)
+            self._arm(session, session.timeout_s, now)
         else:
             self.table.index(session, flows)
         if provisional:  # an older SPI that the IKE daemon has forgotten since goes its own way
@@ -933,10 +1112,11 @@ class Firewall:
             session.move(Trigger.TUNNEL_ANNOUNCED if is_waiting else Trigger.TUNNEL_UP)
             session.end_reason = EndReason.UNKNOWN
             session.refresh_s = 0 if is_waiting else session.timeout_s
-            self.ager.arm(session, session.timeout_s, now)
+            self._arm(session, session.timeout_s, now)
         if provisional and session.state is State.OPENING:
             session.last_seen_at = max(other.last_seen_at for other in provisional)
             self._promote(session, provisional[0].ingress, provisional[0].client.zone, now)
+        self._note(session)
         if session.state is State.ACTIVE and session.rule.action is Action.DENY:  # where it is now, it may not be
             self.counters.add("flow_policy_deny")
             self._discard(session, now)
@@ -981,6 +1161,8 @@ class Firewall:
         """
         self.table.remove(provisional)
         self._health.forget(provisional)
+        self._note(provisional)
+        self._note(session)
         self.gate.leave(provisional)
         flows = [session.flow((element.flow is provisional.c2s) != turned) for element in provisional.elements]
         for is_c2s in (True, False):
@@ -994,6 +1176,7 @@ class Firewall:
 
     def _promote(self, session: Session, interface: str, zone: str, now: float) -> None:
         """The first packet of an announced session: now the interface is certain, and the rule decides."""
+        self._note(session)
         session.type = SessionType.FLOW
         session.ingress = session.egress = interface
         session.client.zone = session.server.zone = zone
@@ -1009,6 +1192,7 @@ class Firewall:
         if session is None or generation is None:
             return  # one that never got a session
         generation.removed_at, generation.end = now, end
+        self._note(session)
         self.fast_path.withdraw(e for e in session.elements if e.spi_key in (sa.key_in, sa.key_out))
         self._lingering.append((now + SA_LINGER_S, session, sa))
         if session.sas:
@@ -1017,7 +1201,7 @@ class Firewall:
             session.move(Trigger.TUNNEL_DOWN)
             session.end_reason = EndReason.TUNNEL_DOWN
             session.refresh_s = 0
-            self.ager.arm(session, SA_LINGER_S, now)
+            self._arm(session, SA_LINGER_S, now)
         else:
             self._tunnels.remove(sa.tunnel)
 
@@ -1072,10 +1256,10 @@ class Firewall:
 
     def _time_is_up(self, session: Session, now: float) -> None:
         if session.state is State.OPENING:  # announced: it waits for its first packet while its SA lives
-            self.ager.arm(session, session.timeout_s, now)
+            self._arm(session, session.timeout_s, now)
         elif session.is_provisional and session.state is State.ACTIVE:
             if session.elements and not self.directory.is_fresh:  # it was a tunnel's before fwd was started again
-                self.ager.arm(session, self.settings.unknown_spi_grace_s, now)
+                self._arm(session, self.settings.unknown_spi_grace_s, now)
             else:
                 self._grace_over(session, now)
         else:
@@ -1086,7 +1270,9 @@ class Firewall:
         if session.end_reason is EndReason.UNKNOWN:
             session.end_reason = reason
         self.fast_path.withdraw(session.elements)
-        self.table.end(session, now)
+        for forgotten in self.table.end(session, now):
+            self._note(forgotten)
+        self._note(session)
         self.gate.leave(session)
         self.spi_sessions.leave(session)
         self._unclaimed.pop(session, None)
@@ -1104,12 +1290,80 @@ class Firewall:
         """Let packets with these keys be the session's no more."""
         gone = set(keys)
         self.table.unindex(session, gone)
+        self._note(session)
         self.fast_path.withdraw(element for element in session.elements if element.spi_key in gone)
 
     # --- where and under which rule -------------------------------------------------------------------
 
     def _rule(self, client: Flow, server: Flow, application: Application) -> Rule:
         return self.settings.policy.lookup(client.zone, server.zone, client.address, server.address, application)
+
+    def _rematch(self, session: Session, now: float) -> None:
+        """Let a session meet the rules, zones and timeouts as they are now (PAN-OS: rematch)."""
+        self._rezone(session)
+        if self.settings.pass_through is PassThrough.ALWAYS and session.gate is not None:
+            session.gate = None
+            self._note(session)
+        is_discarded = session.state is State.DISCARD
+        wanted = self.settings.discard_timeout_s if is_discarded else self.settings.timeouts_s[session.application]
+        if session.state in (State.ACTIVE, State.DISCARD, State.OPENING) and session.timeout_s != wanted:
+            more, session.timeout_s = wanted - session.timeout_s, wanted
+            if not session.is_provisional:
+                session.refresh_s = wanted if session.refresh_s else 0
+                self._arm(session, max(0.0, session.expires_at - self.ager.age(now) + more), now)
+        before, rule = session.rule, self._rule(session.client, session.server, self._judged_as(session))
+        if before is CLOSED and session.gate is not None and rule.action is Action.ALLOW:
+            return  # its gate has the say
+        session.rule = rule
+        if rule == before:
+            return
+        self._note(session)
+        self.counters.add("session_rematched")
+        if rule.inspects_every_packet != before.inspects_every_packet:
+            self.fast_path.withdraw(session.elements)
+        if rule.action is Action.DENY and session.state is State.ACTIVE:
+            self.counters.add("flow_policy_deny")
+            self._discard(session, now)
+        elif rule.action is Action.ALLOW and is_discarded and not self._is_unwanted_stranger(session):
+            self._end(session, EndReason.POLICY_DENY, now)  # the next packet opens another one
+
+    def _judged_as(self, session: Session) -> Application:
+        """What may be a tunnel's of this host, although it cannot be told yet or ever, is judged as such."""
+        is_fragments = session.application is Application.IPSEC_ESP and not (session.c2s.uses or session.s2c.uses)
+        ends = (session.client.address, session.server.address)
+        if session.is_provisional or (session.is_terminated and is_fragments and self._tunnels.between(*ends)):
+            return Application.IPSEC_UDP
+        return session.application
+
+    def _is_unwanted_stranger(self, session: Session) -> bool:
+        """Whether it was discarded because no tunnel claimed it, whatever the rules say."""
+        return session in self._unclaimed and self.settings.unknown_spi is UnknownSpi.DISCARD
+
+    def _rezone(self, session: Session) -> None:
+        """Follow its interfaces into the zones that they lie in now."""
+        if session.state is State.OPENING and (sa := session.sa) is not None:
+            name, zone = self._interface_of(sa.local)
+            zones = (zone, zone)
+            session.ingress = session.egress = name
+        else:
+            zone_of = self.settings.zones.zone_of
+            zones = (zone_of(session.ingress), zone_of(session.egress))
+        if zones == (session.client.zone, session.server.zone):
+            return
+        self._note(session)
+        renamed = dict(zip((session.client.zone, session.server.zone), zones, strict=True))
+        session.client.zone, session.server.zone = zones
+        keys = {
+            key: key._replace(low_zone=renamed.get(key.low_zone), high_zone=renamed.get(key.high_zone))
+            for key in session.keys
+            if isinstance(key, FlowKey) and key.low_zone is not None and key.high_zone is not None
+        }
+        if not keys:
+            return
+        flows = self._flows_of(session)
+        self._unindex(session, keys)
+        with contextlib.suppress(KeyInUse):  # of two sessions that are one now, this one is found no more, and ages out
+            self.table.index(session, {keys[key]: flow for key, flow in flows.items() if key in keys})
 
     def _zone(self, index: int) -> str:
         zone = self._zone_of_index.get(index)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from .constants import ONE_WAY_S, RECENT_S
-from .sa import SaDirectory
+from .sa import NOT_ASKED, SaDirectory
 from .session import Application, Comparison, Generation, Session, SpiUse, spi_text
 from .state import State
 
@@ -112,7 +112,8 @@ class Watch:
                 f"{fragments} of the packets looked at came in fragments or larger than the link's MTU:"
                 " lower the MTU or clamp the MSS inside",
             )
-        if session.sas and (stale := self._directory.stale_s(session.sas[-1], now)) is not None:
+        stale = self._directory.stale_s(session.sas[-1], now) if session.sas else None
+        if stale is not None and self._directory.lost_reason != NOT_ASKED:
             yield Finding(Trouble.STALE, f"strongSwan has not answered for {stale:.0f} s: its SAs may have changed")
 
     def _of_ways(self, session: Session, record: _Record, silent_s: float, now: float) -> Iterator[Finding]:

@@ -29,6 +29,10 @@ SaKey: TypeAlias = tuple[bytes, bytes, int, int]
 _Pair: TypeAlias = tuple[TunnelKey, int, int, int]
 
 
+#: Why the IKE daemon has not answered, before anybody could ask it.
+NOT_ASKED = "not asked yet"
+
+
 @dataclass(frozen=True, slots=True)
 class ChildSa:
     """One CHILD_SA: a pair of ESP SAs, one each way (RFC 7296 section 1.3).
@@ -204,7 +208,7 @@ class SaDirectory:
         self._former: dict[SpiKey, FormerSa] = {}
         self._numbers = count(1)
         #: Why the IKE daemon does not answer; empty while it does.
-        self.lost_reason = "not asked yet"
+        self.lost_reason = NOT_ASKED
         #: When it last said anything, in monotonic seconds; None if it never did.
         self.answered_at: float | None = None
 
@@ -250,6 +254,25 @@ class SaDirectory:
                 yield from self._replace_all(sas, now)
             case SaSourceLost(reason):
                 self.lost_reason = reason
+
+    def restore(self, sa: ChildSa, installed_at: float, replaces: KnownSa | None, is_rekeyed: bool) -> KnownSa:
+        """Know an SA as a former daemon knew it; the next snapshot tells what is true now.
+
+        `replaces` is the one that it took over from, if that is still there.
+        """
+        confirmed_at = installed_at if self.answered_at is None else self.answered_at
+        known = KnownSa(next(self._numbers), sa, installed_at, confirmed_at, replaces, is_rekeyed)
+        self._known[sa.key] = self._by_pair[_pair(sa)] = known
+        self._by_spi[sa.key_in] = self._by_spi[sa.key_out] = sa
+        return known
+
+    def remember(self, sa: ChildSa, end: SaEnd, removed_at: float) -> None:
+        """An SA was there until that time."""
+        for spi_key in (sa.key_in, sa.key_out):
+            self._former.pop(spi_key, None)
+            self._former[spi_key] = FormerSa(sa, end, removed_at)
+        while len(self._former) > FORMER_SPIS_KEPT:
+            del self._former[next(iter(self._former))]
 
     def known(self, sa: ChildSa) -> KnownSa | None:
         """What is known of an SA; None if it is gone."""
@@ -326,12 +349,8 @@ class SaDirectory:
             del self._known[sa.key]
             self._forget_pair(gone, sa)
             self._forget_spis(sa)
-            for spi_key in (sa.key_in, sa.key_out):
-                self._former.pop(spi_key, None)
-                self._former[spi_key] = FormerSa(sa, why, now)
+            self.remember(sa, why, now)
             changes.append(SaRemoved(sa, why))
-        while len(self._former) > FORMER_SPIS_KEPT:
-            del self._former[next(iter(self._former))]
         return changes
 
     def _forget_pair(self, known: KnownSa, sa: ChildSa) -> None:

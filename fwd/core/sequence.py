@@ -75,6 +75,12 @@ class Sequence:
             self.known = min(self.known + run, REPLAY_WINDOW)
             self.top = top
 
+    def resume(self, seq: int, unseen_total: int) -> None:
+        """Go on at this number after a while in which nobody counted: nothing of it is lost, nor late."""
+        self._begin_at(seq)
+        self.unseen = unseen_total
+        self._checked_at, self._checked = seq, self._missing
+
     def observe(self, seq: int, unseen_total: int) -> None:
         """A packet with this number came by; `unseen_total` packets in all were not looked at."""
         if unseen_total != self.unseen:

@@ -125,7 +125,9 @@ class SpiUse:
         """Note the sequence number of a packet that is not yet counted."""
         if self.next_seq < 0:
             self.first_seq, self.next_seq = seq, seq + 1
-            if self.unseen_count:
+            if self.sequence is not None:
+                self.sequence.resume(seq, self.unseen_count)
+            elif self.unseen_count:
                 self.sequence = Sequence(seq, unseen=self.unseen_count)
             return
         sequence = self.sequence
@@ -237,7 +239,8 @@ class Element:
     `kernel_packets` and `kernel_bytes` are the kernel's counter as read last. What the daemon answered itself is
     counted in `own_packets` and `own_bytes` until it is credited to the flow. `seen_at` is when a packet was last
     noticed, `looked_at` when the daemon last saw one itself, in monotonic seconds. `mtu` is the interface's, in bytes,
-    `tries` how often the kernel did not answer when it was to remove it.
+    `tries` how often the kernel did not answer when it was to remove it. `is_unsaved`: its counts are newer than its
+    session's record.
     """
 
     key: ElementKey
@@ -252,6 +255,7 @@ class Element:
     looked_at: float = 0.0
     mtu: int = 0x1_0000
     tries: int = 0
+    is_unsaved: bool = False
 
     @property
     def flow(self) -> Flow:

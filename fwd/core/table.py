@@ -16,7 +16,7 @@ from .state import Trigger
 
 Key: TypeAlias = FlowKey | SpiKey
 
-_MAX_ID = 2**31 - 1
+MAX_ID = 2**31 - 1
 
 #: The list of ids is written anew when, beside so many, more than half of it are no session's any more.
 _STALE_IDS = 64
@@ -41,7 +41,7 @@ class SessionTable:
         self._flows: dict[Key, Flow] = {}
         #: The ids of the live sessions in ascending order, among others that were.
         self._order: list[int] = []
-        self._last_id = 0
+        self.last_id = 0
         #: What a packet asks for, with no call in between: the flow that counts it, or None.
         self.lookup = self._flows.get
 
@@ -74,15 +74,12 @@ class SessionTable:
         ended = self._ended.get(session_id)
         return ended[0] if ended else None
 
-    def allocate_id(self, wanted: int | None = None) -> int:
-        """The next session id: from 1 upwards, never one that is still readable. Or the wanted one, if it is free."""
-        if wanted and 0 < wanted <= _MAX_ID and self.find(wanted) is None:
-            self._last_id = max(self._last_id, wanted)
-            return wanted
+    def allocate_id(self) -> int:
+        """The next session id: from 1 upwards, never one that is still readable."""
         while True:
-            self._last_id = self._last_id % _MAX_ID + 1
-            if self._last_id not in self._live and self._last_id not in self._ended:
-                return self._last_id
+            self.last_id = self.last_id % MAX_ID + 1
+            if self.last_id not in self._live and self.last_id not in self._ended:
+                return self.last_id
 
     def find(self, session_id: int) -> Session | None:
         """The session of that id, live or ended."""
@@ -103,11 +100,24 @@ class SessionTable:
         self.index(session, entries)
         session.move(Trigger.ALLOCATE)
         self._live[session.id] = session
-        # Ids ascend, but for those of sessions that were taken over.
+        # Ids ascend, but for those of sessions that take over a provisional one's.
         if not self._order or session.id > self._order[-1]:
             self._order.append(session.id)
         elif self._order[position := bisect_left(self._order, session.id)] != session.id:
             self._order.insert(position, session.id)
+
+    def restore(self, session: Session, entries: Mapping[Key, Flow], ended_at: float | None) -> None:
+        """Take a session in as it was in another table, even if there are too many now.
+
+        Sessions come in the order of their ids, the ended ones in that of their ends. Raises KeyInUse, and then nothing
+        has changed.
+        """
+        if ended_at is not None:
+            self._ended[session.id] = (ended_at, session)
+            return
+        self.index(session, entries)
+        self._live[session.id] = session
+        self._order.append(session.id)
 
     def index(self, session: Session, entries: Mapping[Key, Flow]) -> None:
         """Let further keys lead to the session, all or none. Raises KeyInUse and changes nothing."""
@@ -129,15 +139,17 @@ class SessionTable:
                 del self._flows[key]
         session.keys = tuple(key for key in session.keys if key in self._flows)
 
-    def end(self, session: Session, now: float) -> None:
-        """Take a live session out; it stays readable by its id for a while."""
+    def end(self, session: Session, now: float) -> list[Session]:
+        """Take a live session out; it stays readable by its id for a while. Gives those that are so no more."""
         self.remove(session)
         session.move(Trigger.END)
         session.move(Trigger.RELEASE)
         session.move(Trigger.RECYCLE)
         self._ended[session.id] = (now, session)
+        forgotten = []
         while len(self._ended) > self.keep_ended:
-            del self._ended[next(iter(self._ended))]
+            forgotten.append(self._ended.pop(next(iter(self._ended)))[1])
+        return forgotten
 
     def remove(self, session: Session) -> None:
         """Take a live session out without a trace: its counts live on in another one."""
@@ -146,10 +158,13 @@ class SessionTable:
         if len(self._order) > 2 * len(self._live) + _STALE_IDS:
             self._order = sorted(self._live)
 
-    def forget_ended(self, before: float) -> None:
-        """Drop the ended sessions that ended before that time."""
+    def forget_ended(self, before: float) -> list[Session]:
+        """Drop the ended sessions that ended before that time, and give them."""
+        forgotten = []
         while self._ended:
-            session_id, (ended_at, _) = next(iter(self._ended.items()))
+            session_id, (ended_at, session) = next(iter(self._ended.items()))
             if ended_at >= before:
                 break
             del self._ended[session_id]
+            forgotten.append(session)
+        return forgotten

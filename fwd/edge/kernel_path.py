@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
-import re
 import struct
-import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from ..core.fast_path import Found, Outcome, Reading, Work
@@ -23,7 +21,6 @@ from .ruleset import TABLE, Backend, RulesetError, maps
 log = logging.getLogger(__name__)
 
 _INTERFACES = struct.Struct("=II")
-_COMMENT = re.compile(r"session (\d+) (c2s|s2c), SPI \d+, since (\d+)(?:, gate until (\d+))?")
 
 # Attributes of an element (linux/netfilter/nf_tables.h, NFTA_SET_ELEM_*), and of the list that it stands in.
 _KEY, _DATA, _USERDATA, _EXPRESSION = 1, 2, 6, 7
@@ -82,7 +79,6 @@ class KernelPath:
 
         Raises RulesetError if even that cannot be done.
         """
-        offset = time.time() - time.monotonic()
         found = []
         for size, (family, name) in self._maps.items():
             body = nft.string(_SET_TABLE, TABLE) + nft.string(_SET_NAME, name)
@@ -94,12 +90,8 @@ class KernelPath:
                 continue
             for key, attributes in _elements_in(answers):
                 assert 8 + len(key[2]) == size
-                words = _COMMENT.match(nft.comment_in(attributes.get(_USERDATA, b"")) or "")
-                session, side, since, gate = words.groups() if words else ("0", "c2s", f"{time.time():.0f}", None)
                 verdict = Verdict.DROP if nft.verdict_in(attributes[_DATA]) == nft.NF_DROP else Verdict.ACCEPT
-                reading = _reading(attributes)
-                started_at, gated_until = int(since) - offset, int(gate) - offset if gate else None
-                found.append(Found(key, verdict, reading, int(session), side == "c2s", started_at, gated_until))
+                found.append(Found(key, verdict, _reading(attributes)))
         return found
 
     def _empty(self, family: int, body: bytes) -> None:
@@ -113,8 +105,7 @@ class KernelPath:
     def _change(self, changes: Sequence[tuple[Element, bool]], outcome: Outcome) -> None:
         """One transaction of removals (False), whose last counts it gives, and of installs (True). Raises OSError."""
         removals = ((element.key, _element(element.key)) for element, is_new in changes if not is_new)
-        offset = time.time() - time.monotonic()
-        installs = ((element.key, self._new_element(element, offset)) for element, is_new in changes if is_new)
+        installs = ((element.key, self._new_element(element)) for element, is_new in changes if is_new)
         messages = [*self._messages(Kind.DELSETELEM, removals), *self._messages(Kind.NEWSETELEM, installs)]
         try:
             outcome.removed.update(_readings(self._socket.transact(messages)))
@@ -151,17 +142,13 @@ class KernelPath:
         for key in missing:
             self._read([key], outcome)
 
-    def _new_element(self, element: Element, offset: float) -> bytes:
-        """An element to be installed; `offset` is what the wall clock is ahead of the monotonic one, in seconds."""
+    def _new_element(self, element: Element) -> bytes:
         session = element.flow.session
         side = "c2s" if element.flow is session.c2s else "s2c"
-        said = f"session {session.id} {side}, SPI {element.use.spi}, since {offset + session.created_at:.0f}"
-        if session.gated_until is not None:
-            said += f", gate until {offset + session.gated_until:.0f}"
         return _element(
             element.key,
             self._verdicts[element.verdict]
-            + nft.comment(_USERDATA, said)
+            + nft.comment(_USERDATA, f"session {session.id} {side}, SPI {element.use.spi}")
             + _new_counter(element.kernel_packets, element.kernel_bytes),
         )
 

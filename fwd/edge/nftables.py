@@ -68,6 +68,8 @@ class Kind(IntEnum):
     NEWSETELEM = 12
     GETSETELEM = 13
     DELSETELEM = 14
+    NEWOBJ = 18
+    GETOBJ = 19
 
 
 class NftError(Exception):
@@ -236,6 +238,34 @@ def counter_in(octets: bytes) -> tuple[int, int]:
     """Packets and bytes that a counter has counted."""
     counts = dict(attributes(dict(attributes(octets))[2]))
     return _COUNT.unpack(counts[2])[0], _COUNT.unpack(counts[1])[0]
+
+
+_OBJECT_COUNTER = 1
+
+
+def named_counter(family: int, table: str, name: str) -> Message:
+    """A counter of its own, which outlives the rules that count in it (NFTA_OBJ_*)."""
+    return Message(Kind.NEWOBJ, family, _object(table, name) + nested(4), NLM_F_CREATE)
+
+
+def get_named_counter(family: int, table: str, name: str) -> Message:
+    """The question for one; `named_count_in` reads the answer."""
+    return Message(Kind.GETOBJ, family, _object(table, name))
+
+
+def named_count_in(answer: bytes) -> int:
+    """How many packets it has counted."""
+    counts = dict(attributes(dict(attributes(answer))[4]))
+    return int(_COUNT.unpack(counts[2])[0])
+
+
+def count_in(name: str) -> bytes:
+    """Count what comes so far in a rule in a counter of its own (NFTA_OBJREF_*)."""
+    return expression("objref", number(1, _OBJECT_COUNTER), string(2, name))
+
+
+def _object(table: str, name: str) -> bytes:
+    return string(1, table) + string(2, name) + number(3, _OBJECT_COUNTER)
 
 
 _QUEUE_BYPASS = 1

@@ -10,7 +10,8 @@ and reads them). What is in no map falls through to the queue. In nft's words:
         meta l4proto esp  goto undecided
         meta l4proto udp  goto over_udp
     }
-    chain undecided { counter queue num 20 bypass comment "queue 20" }
+    counter undecided { }
+    chain undecided { counter name undecided queue num 20 bypass comment "queue 20" }
 
 How `undecided` gets packets to the queue depends on the kernel and is found out by trying (see Backend). An accepted
 packet leaves this table only: a user's own rules still see it. Loopback is left out: its packets would be seen
@@ -34,6 +35,7 @@ from .nftables import KeyField, Kind, Message, NftError, NftSocket
 from .queue_stats import kernel_queue_stats
 
 TABLE = "fwd_dataplane"  # `fwd` alone is a keyword of nft
+_UNDECIDED = "undecided"
 ESP_MAP, ESP_IN_UDP_MAP = "decided_esp", "decided_esp_in_udp"  # `esp` alone is a keyword of nft
 _OVER_UDP = "over_udp"  # so is `udp`
 
@@ -199,6 +201,29 @@ class Ruleset:
         except _ProgramFailed as error:
             raise RulesetError(str(error)) from None
 
+    def undecided(self) -> int | None:
+        """Packets that came to the queue's rule since the maps are there; None if nobody counts. Raises OSError."""
+        if not self._tables:
+            return None
+        with contextlib.closing(NftSocket()) as socket:
+            try:
+                answers = [socket.ask(nft.get_named_counter(family, TABLE, _UNDECIDED)) for family in self._tables]
+            except NftError:
+                return None
+        return sum(nft.named_count_in(answer) for (answer,) in answers)
+
+    @staticmethod
+    def detach() -> None:
+        """Send nothing to the queue any more, and decide nothing; the maps stay, with their last counts.
+
+        Where there are no rules this does nothing. Raises OSError.
+        """
+        _remove_iptables()
+        with contextlib.closing(NftSocket()) as socket:
+            for family in _ADDRESSES:
+                with contextlib.suppress(NftError):
+                    socket.transact([Message(Kind.DELRULE, family, nft.string(1, TABLE))])
+
     @staticmethod
     def remove() -> None:
         """Take the rules out, whichever fwd left them; where there are none this does nothing."""
@@ -240,9 +265,10 @@ class Ruleset:
             yield Message(Kind.NEWTABLE, family, table, nft.NLM_F_CREATE)  # so that there is one to delete
             yield Message(Kind.DELTABLE, family, table)
             yield Message(Kind.NEWTABLE, family, table + nft.comment(6, label), nft.NLM_F_CREATE)
+            yield nft.named_counter(family, TABLE, _UNDECIDED)
             for name in (ESP_MAP, ESP_IN_UDP_MAP):
                 yield nft.verdict_map(family, TABLE, name, _key_fields(family, name), self._capacity)
-            for chain in (_OVER_UDP, "undecided"):
+            for chain in (_OVER_UDP, _UNDECIDED):
                 yield nft.chain(family, TABLE, chain)
             for hook, number in _HOOKS.items():
                 if backend is Backend.MARK:
@@ -259,7 +285,7 @@ class Ruleset:
                 side = nft.NFT_META_OIF if hook == "output" else nft.NFT_META_IIF
                 loopback = nft.meta(side, nft.NFT_REG_1) + nft.compare(_LOOPBACK, nft.NFT_REG_1)
                 yield nft.rule(family, TABLE, hook, loopback, nft.verdict(nft.NF_ACCEPT))
-            yield nft.rule(family, TABLE, hook, _protocol(_ESP), nft.verdict(nft.NFT_GOTO, "undecided"))
+            yield nft.rule(family, TABLE, hook, _protocol(_ESP), nft.verdict(nft.NFT_GOTO, _UNDECIDED))
             yield nft.rule(family, TABLE, hook, _protocol(_UDP), nft.verdict(nft.NFT_GOTO, _OVER_UDP))
             if is_marked:
                 yield nft.rule(family, TABLE, f"after_{hook}", nft.is_marked(_DECIDED_MARK), nft.unmark(_DECIDED_MARK))
@@ -267,15 +293,15 @@ class Ruleset:
             yield nft.rule(family, TABLE, _OVER_UDP, _port(side, _NAT_T_PORT), _decided(family, ESP_IN_UDP_MAP), go_on)
         for side in (_DPORT, _SPORT):
             for port in (_IKE_PORT, _NAT_T_PORT):
-                yield nft.rule(family, TABLE, _OVER_UDP, _port(side, port), nft.verdict(nft.NFT_GOTO, "undecided"))
+                yield nft.rule(family, TABLE, _OVER_UDP, _port(side, port), nft.verdict(nft.NFT_GOTO, _UNDECIDED))
         match backend:
             case Backend.NFT:
-                undecided = nft.counter() + nft.queue(self.queue, bypass=self.fail_open)
+                undecided = nft.count_in(_UNDECIDED) + nft.queue(self.queue, bypass=self.fail_open)
             case Backend.XT:
-                undecided = nft.counter() + nft.xt_queue(self.queue, bypass=self.fail_open)
+                undecided = nft.count_in(_UNDECIDED) + nft.xt_queue(self.queue, bypass=self.fail_open)
             case _:  # whatever set the bit before: it was not fwd
-                undecided = nft.unmark(_DECIDED_MARK)
-        yield nft.rule(family, TABLE, "undecided", undecided, remark=f"queue {self.queue}")
+                undecided = nft.count_in(_UNDECIDED) + nft.unmark(_DECIDED_MARK)
+        yield nft.rule(family, TABLE, _UNDECIDED, undecided, remark=f"queue {self.queue}")
 
     # --- iptables ---------------------------------------------------------------------------------------
 

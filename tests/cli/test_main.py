@@ -29,7 +29,9 @@ def daemon(tmp_path_factory):
     bench.forward(esp(LEFT, RIGHT, 7))
     for host in range(1, 1100):
         bench.forward(esp(f"10.{host // 250}.0.{host % 250}", RIGHT, 7))
-    api = Api(bench.firewall, lambda: bench.now, "/nowhere", lambda: {"hostname": "test"}, lambda: None, lambda _: None)
+    api = Api(
+        bench.firewall, lambda: bench.now, "/nowhere", lambda: {"hostname": "test"}, lambda: None, lambda _: None, dict
+    )
     loop = asyncio.new_event_loop()
     server = ControlServer(path, api.dispatch, api.rights, Access([], []))
     loop.run_until_complete(server.start())

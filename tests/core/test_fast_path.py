@@ -10,10 +10,9 @@ from fwd.core.fast_path import Outcome
 from fwd.core.firewall import Hook
 from fwd.core.interfaces import LinkPresent
 from fwd.core.policy import Action, Rule
-from fwd.core.sa import SaDeleted, SaEstablished, SaRekeyed, SaSnapshot
+from fwd.core.sa import SaDeleted, SaEstablished, SaRekeyed
 from fwd.core.session import Application, Place
-from fwd.core.settings import UnknownSpi
-from fwd.core.state import EndReason, State
+from fwd.core.state import EndReason
 from tests.builders import (
     DENY_ALL,
     HERE,
@@ -32,7 +31,6 @@ from tests.builders import (
     ipv4,
     ipv6,
     packed,
-    settings,
     udp,
 )
 
@@ -268,104 +266,6 @@ def test_what_vanished_from_the_kernel_is_counted_and_decided_anew(bench):
     assert next(bench.firewall.table.ended).packet_count == 2
 
 
-class TestSuccessor:
-    """Elements outlive the daemon that made them."""
-
-    @pytest.mark.parametrize("is_orderly", [True, False])
-    def test_transit_sessions_go_on(self, bench, is_orderly):
-        bench.forward(ike(LEFT, RIGHT))
-        for _ in range(3):
-            bench.forward(esp(LEFT, RIGHT, 7))
-            bench.forward(esp(RIGHT, LEFT, 8), to_left=True)
-        bench.wait(10)
-        bench.restart(is_orderly=is_orderly)
-        bench.forward(esp(RIGHT, LEFT, 8), to_left=True)
-        bench.read_all()
-        session = bench.session
-        assert (session.id, session.created_at, session.application) == (2, 1000.0, Application.IPSEC_ESP)
-        assert (session.client.address, session.client.zone, session.client.port) == (packed(LEFT), "trust", 20033)
-        assert (session.ingress, session.egress) == ("left", "right")
-        assert (session.c2s.packet_count, session.s2c.packet_count) == (3, 4)
-        assert (session.c2s.spis, session.s2c.spis) == ((7,), (8,))
-        assert handled(bench) == 0
-        assert bench.firewall.table.allocate_id() == 3
-
-    def test_an_orderly_predecessor_leaves_every_count(self, bench):
-        """What the daemon counted itself, an element being there already: packets that waited in the queue."""
-        bench.forward(esp(LEFT, RIGHT, 7))
-        in_queue = esp(LEFT, RIGHT, 7)
-        for _ in range(4):
-            bench.firewall.receive_packet(in_queue, 2, 3, 4, bench.now)
-            bench.offered += 1
-        bench.restart()
-        assert bench.session.c2s.packet_count == 5 and bench.session.c2s.byte_count == 5 * len(in_queue)
-
-    @pytest.mark.parametrize("is_initiator", [True, False])
-    def test_a_tunnel_is_claimed_by_the_ike_daemon(self, bench, is_initiator):
-        sa = child_sa(is_initiator=is_initiator)
-        new = child_sa(0x1002, 0x2002, uniqueid=2, is_initiator=is_initiator)
-        bench.sas(SaEstablished(sa))
-        bench.send(esp(HERE, PEER, sa.spi_out))
-        bench.sas(SaRekeyed(sa, new))
-        for _ in range(2):
-            bench.receive(esp(PEER, HERE, new.spi_in))
-            bench.send(esp(HERE, PEER, new.spi_out))
-        bench.restart(unknown_spi=UnknownSpi.DISCARD)
-        assert bench.session.is_provisional and bench.session.application is Application.IPSEC_ESP
-        bench.send(esp(HERE, PEER, new.spi_out))
-        bench.wait(60)  # charon is away: what flowed goes on flowing
-        assert bench.session.is_provisional and bench.session.state is State.ACTIVE
-        bench.send(esp(HERE, PEER, new.spi_out))
-        bench.sas(SaSnapshot((new,)))
-        session = bench.session
-        assert (session.id, session.application, session.state) == (1, Application.IPSEC_UDP, State.ACTIVE)
-        assert session.client.address == packed(HERE if is_initiator else PEER)
-        sent, received = (session.c2s, session.s2c) if is_initiator else (session.s2c, session.c2s)
-        bench.read_all()
-        assert (sent.packet_count, received.packet_count) == (5, 2)
-        assert {session.client.port, session.server.port} == {new.spi_in, new.spi_out}
-        assert handled(bench) == 0
-        bench.send(esp(HERE, PEER, sa.spi_out))  # the older SPI, which charon does not know any more
-        assert handled(bench) == 1
-
-    @pytest.mark.parametrize("unknown_spi", UnknownSpi)
-    def test_a_tunnel_that_nobody_claims(self, bench, unknown_spi):
-        bench.sas(SaEstablished(SA))
-        for _ in range(2):
-            bench.receive(esp(PEER, HERE, SA.spi_in))
-            bench.send(esp(HERE, PEER, SA.spi_out))
-        bench.restart(unknown_spi=unknown_spi)
-        bench.sas(SaSnapshot(()))
-        bench.wait(6)
-        session = bench.session
-        is_generic = unknown_spi is UnknownSpi.GENERIC
-        assert session.state is (State.ACTIVE if is_generic else State.DISCARD) and session.packet_count == 4
-        assert bench.receive(esp(PEER, HERE, SA.spi_in)) == bench.send(esp(HERE, PEER, SA.spi_out)) == is_generic
-        bench.read_all()
-        assert bench.session.packet_count == 6 and bench.session.id == 1
-
-    def test_another_policy_is_applied_at_once(self, bench):
-        bench.forward(esp(LEFT, RIGHT, 7))
-        bench.forward(esp(RIGHT, LEFT, 8), to_left=True)
-        bench.restart(DENY_ALL)
-        assert bench.session.state is State.DISCARD and bench.session.packet_count == 2
-        assert not bench.forward(esp(LEFT, RIGHT, 7)) and not bench.forward(esp(RIGHT, LEFT, 8), to_left=True)
-        bench.read_all()
-        assert bench.session.packet_count == 4
-
-    def test_a_smaller_table_takes_what_it_can(self, bench):
-        for number in range(5):
-            bench.forward(esp(f"10.0.0.{number}", RIGHT, 7))
-        bench.restart(max_sessions=3)
-        assert len(bench.sessions) == 3 == len(bench.kernel.elements)
-
-    def test_elements_without_a_comment_get_a_session_all_the_same(self, bench):
-        bench.forward(esp(LEFT, RIGHT, 7))
-        bench.kernel.comments = dict.fromkeys(bench.kernel.comments, (0, True, bench.now))
-        bench.restart()
-        assert bench.session.id == 1 and bench.session.packet_count == 1
-
-
 def test_a_deleted_tunnel_ends_with_all_its_packets(bench):
     bench.sas(SaEstablished(SA))
     for _ in range(3):
@@ -376,30 +276,6 @@ def test_a_deleted_tunnel_ends_with_all_its_packets(bench):
     (ended,) = bench.firewall.table.ended
     assert (ended.packet_count, ended.end_reason) == (4, EndReason.TUNNEL_DOWN)
     assert not bench.kernel.elements
-
-
-def test_a_reload_leaves_sessions_as_they_were(bench):
-    bench.forward(esp(LEFT, RIGHT, 7))
-    bench.firewall.reconfigure(settings(DENY_ALL))
-    bench.wait(1)
-    assert bench.forward(esp(LEFT, RIGHT, 7)) and handled(bench) == 1
-
-
-def test_an_spi_that_is_just_looked_at_does_not_make_a_hand_over_count_twice():
-    """Its element is withdrawn as well as the one that carries what the daemon counted of the same flow."""
-    bench = Bench(fast_path=True)
-    for seq in range(1, 101):
-        bench.forward(esp(LEFT, RIGHT, 5, seq))
-        bench.forward(esp(LEFT, RIGHT, 6, seq))
-    bench.forward(ipv4(LEFT, RIGHT, 50, esp(LEFT, RIGHT, 5, 101)[20:], options=bytes(4)))
-    bench.read_all()
-    looked_at = bench.session.elements[1]
-    bench.firewall.fast_path.look_at([looked_at])
-    bench.serve_kernel()
-    assert bench.session.packet_count == 201 or len(bench.session.elements) == 1
-    total = bench.session.packet_count
-    bench.restart()
-    assert bench.session.packet_count == total
 
 
 # --- the kernel does not answer --------------------------------------------------------------------------------------
@@ -500,14 +376,3 @@ def test_very_many_elements_of_few_sessions_are_cleared_in_slices():
     bench.firewall.apply_outcome(work, bench.kernel.carry_out(work), bench.now)
     bench.wait(1)
     assert not bench.sessions and not bench.kernel.elements
-
-
-def test_a_successor_that_is_to_inspect_every_packet_does_so():
-    bench = Bench(fast_path=True)
-    for seq in range(1, 11):
-        bench.forward(esp(LEFT, RIGHT, 7, seq))
-    bench.restart(Rule("watched", Action.ALLOW, inspects_every_packet=True))
-    assert not bench.kernel.elements and bench.session.packet_count == 10
-    for seq in range(11, 21):
-        bench.forward(esp(LEFT, RIGHT, 7, seq))
-    assert not bench.kernel.elements and bench.session.packet_count == 20

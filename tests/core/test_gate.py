@@ -161,7 +161,7 @@ def test_what_exists_when_the_gate_comes_has_so_long_to_negotiate(bench):
 
 
 class TestRestart:
-    """What the gate knew is in the comments of the kernel's elements."""
+    """What the gate knew has been saved."""
 
     @pytest.fixture
     def bench(self):

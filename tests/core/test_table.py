@@ -28,9 +28,9 @@ class TableMachine(RuleBasedStateMachine):
         self.ended = {}
         self.now = 0.0
 
-    @rule(keys=KEYS, wanted=st.none() | st.integers(1, 20))
-    def add(self, keys, wanted):
-        session_id = self.table.allocate_id(wanted)
+    @rule(keys=KEYS)
+    def add(self, keys):
+        session_id = self.table.allocate_id()
         assert session_id not in self.live and session_id not in self.ended and session_id > 0
         session = new_session(session_id)
         entries = {key: session.c2s if index % 2 == 0 else session.s2c for index, key in enumerate(keys)}

@@ -46,7 +46,7 @@ def test_the_rules_read_as_they_were_meant():
     start = lines.index("chain over_udp {")
     assert lines[start + 1 : start + 3] == [f"udp dport 4500 {in_udp}", f"udp sport 4500 {in_udp}"]
     start = lines.index("chain undecided {")
-    assert lines[start + 1].startswith("counter packets 0 bytes 0") and "num 20" in lines[start + 1]
+    assert lines[start + 1].startswith('counter name "undecided" ') and "num 20" in lines[start + 1]
     assert "bypass" not in lines[start + 1]
     assert lines.count("size 1024") == 2
     assert 'comment "fwd: layout 3, nft-xt, 1024 elements"' in lines

@@ -44,7 +44,7 @@ def test_the_watchdogs_interval(monkeypatch, period, pid, interval):
 
 def test_the_kernels_counts_of_a_queue():
     text = "   19   1234     0 2  4016     1     2      3  1\n   20  -4131     5 2  4016    70     8    999  1\n"
-    assert parse_queue_stats(text, 20) == QueueStats(5, 70, 8)
+    assert parse_queue_stats(text, 20) == QueueStats(5, 70, 8, 999)
     assert parse_queue_stats(text, 21) is None
     assert parse_queue_stats("nonsense\n20 x y\n", 20) is None
 
