@@ -61,7 +61,7 @@ PACKETS_PER_TURN = 256
 GARBAGE_THRESHOLDS = (50_000, 50, 100)
 
 #: Events of SAs that are taken in one go, some 3 ms' worth, and that may wait before the thread that reads them does.
-SA_EVENTS_PER_TURN = 64
+SA_EVENTS_PER_TURN = 16
 SA_EVENTS_WAITING = 1024
 
 #: How long the thread that reads thousands of SAs may keep packets waiting before it is their turn, in seconds.

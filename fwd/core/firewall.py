@@ -32,6 +32,7 @@ from .constants import (
     CLOSE_WATCH_SESSIONS,
     CLOSE_WATCH_SPIS,
     ELEMENT_IDLE_S,
+    EXPIRE_SLICE,
     GATE_SLICE,
     GENERATIONS_KEPT,
     LINGER_SLICE,
@@ -378,9 +379,9 @@ class Firewall:
         for counter, amount in self.counters.sample(now):
             value = self.counters.values[counter.name]
             self._events.append(CounterRose(counter.name, counter.description, amount, value))
-        for session in self.ager.due(now):
+        for count, session in enumerate(self.ager.due(now), 1):
             self._expire(session, now)
-            if self.fast_path.asked_count >= READS_PER_REQUEST:
+            if count == EXPIRE_SLICE or self.fast_path.asked_count >= READS_PER_REQUEST:
                 break
         self._learn_slice(SA_SLICE)
         for _ in range(LINGER_SLICE):

@@ -80,7 +80,7 @@ class Churn:
         self.check, self.bench.check = self.bench.check, lambda: None  # type: ignore[method-assign]
         self.bench.firewall.use_fast_path(True)
         bench = self.bench
-        self.api = Api(bench.firewall, lambda: bench.now, "/nowhere", dict, lambda: None, lambda _: None)
+        self.api = Api(bench.firewall, lambda: bench.now, "/nowhere", dict, lambda: None, lambda _: None, dict)
         self.random = random.Random(1)
         self.number = 0
         self.up: dict[int, Any] = {}
@@ -200,7 +200,7 @@ def test_ten_minutes_of_everything_on_real_packets(demo):
         demo.charon(("fwd", "peer")[turn % 2]).rekey("peer-v6")
         demo.charon("site-a").rekey("sites-v4")
         demo.initiate("peer-v4")
-        assert demo.ping("peer-v4") == 3
+        wait_for(lambda: demo.ping("peer-v4") == 3, "packets flow")
         sessions = list(client.sessions({}))
         for session in sessions[-20:]:
             with suppress(RpcError):  # it has just ended
