@@ -60,6 +60,13 @@ PACKETS_PER_TURN = 256
 #: Garbage is looked for after so many new objects, some 8,000 sessions' worth: that takes about 5 ms.
 GARBAGE_THRESHOLDS = (50_000, 50, 100)
 
+#: Events of SAs that are taken in one go, some 3 ms' worth, and that may wait before the thread that reads them does.
+SA_EVENTS_PER_TURN = 16
+SA_EVENTS_WAITING = 1024
+
+#: How long the thread that reads thousands of SAs may keep packets waiting before it is their turn, in seconds.
+SWITCH_S = 0.001
+
 #: What the edges count since this daemon began.
 _EDGE_COUNTERS = ("control_request", "control_refused", "queue_kernel_drop", "queue_socket_drop")
 
@@ -68,13 +75,6 @@ UNDECIDED_TRIES = 20
 
 #: After the state file could not be written, the next try comes so much later, in seconds.
 SAVE_RETRY_S = 5.0
-
-#: Events of SAs that are taken in one go, some 3 ms' worth, and that may wait before the thread that reads them does.
-SA_EVENTS_PER_TURN = 64
-SA_EVENTS_WAITING = 1024
-
-#: How long the thread that reads thousands of SAs may keep packets waiting before it is their turn, in seconds.
-SWITCH_S = 0.001
 
 #: How often fwd looks whether its rules are still there, in seconds.
 GUARD_INTERVAL_S = 2.0

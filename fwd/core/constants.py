@@ -28,6 +28,9 @@ MAX_IPV6_EXTENSIONS: Final = 8
 #: Sessions looked at in one turn of the ager, so that a turn never takes longer than about a millisecond.
 AGER_WORK_PER_TURN: Final = 512
 
+#: Sessions whose time is up that end in one go: very many tunnels may have gone at once.
+EXPIRE_SLICE: Final = 128
+
 #: The SPIs of a deleted SA stay attached to their session for so long: packets that were sent before the
 #: delete may still be under way or in the queue, and are not to be taken for an unknown tunnel's.
 SA_LINGER_S: Final = 5.0

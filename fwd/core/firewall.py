@@ -32,6 +32,7 @@ from .constants import (
     CLOSE_WATCH_SESSIONS,
     CLOSE_WATCH_SPIS,
     ELEMENT_IDLE_S,
+    EXPIRE_SLICE,
     GATE_SLICE,
     GENERATIONS_KEPT,
     HALF_OPEN_IDLE_S,
@@ -392,9 +393,9 @@ class Firewall:
             self._events.append(CounterRose(counter.name, counter.description, amount, value))
             if (counter.severity, counter.aspect) == ("drop", "resource"):
                 self._look_no_more(now)
-        for session in self.ager.due(now):
+        for count, session in enumerate(self.ager.due(now), 1):
             self._expire(session, now)
-            if self.fast_path.asked_count >= READS_PER_REQUEST:
+            if count == EXPIRE_SLICE or self.fast_path.asked_count >= READS_PER_REQUEST:
                 break
         self._learn_slice(SA_SLICE)
         for _ in range(LINGER_SLICE):
