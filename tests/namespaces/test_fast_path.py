@@ -107,7 +107,7 @@ def test_packets_delivered_are_packets_counted_while_elements_come_and_go(transi
     In every other round each SPI has a session of its own, of which half find no place in the table.
     """
     watch_arrivals(transit)
-    small = "[dataplane]\nmax-sessions = 100\nqueue-length = 65536\nkeep-ended = 1000000\n"
+    small = "[limits]\nhalf-open = 0\n[dataplane]\nmax-sessions = 100\nqueue-length = 65536\nkeep-ended = 1000000\n"
     modes = (
         small,
         small + 'transit-ports = "spi"\n',

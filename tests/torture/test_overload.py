@@ -100,7 +100,7 @@ def test_a_spray_of_spis_at_this_host_takes_its_share_and_no_more(demo, ask):
     client = ask()
     demo.initiate("peer-v4")
     assert demo.ping("peer-v4") == 3
-    count = in_full(500_000, 50_000)
+    count = in_full(500_000, 20_000)
     flood.send(count, spis=count, destination=HERE)
     assert demo.ping("peer-v4") == 3
     info = client.call("session.info")
@@ -150,7 +150,7 @@ def test_what_the_queue_loses_is_counted_and_fwd_goes_on_by_itself(demo, ask, wh
     assert demo.ping("sites-v4") == 3
     fwd.process.send(signal.SIGSTOP)
     try:
-        flood.send(in_full(200_000, 60_000), sources=1000)
+        flood.send(in_full(200_000, 40_000), sources=1000)
         assert demo.ping("sites-v4") == 3  # by the kernel alone
     finally:
         fwd.process.send(signal.SIGCONT)
