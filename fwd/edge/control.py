@@ -40,6 +40,7 @@ from ..rpc import (
     PARSE_ERROR,
     RpcError,
 )
+from .folders import strangers_on_the_way
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +139,11 @@ class ControlServer:
         try:
             with _umask(0o022):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-            _refuse_strangers(self._path.parent)
+            if whose := strangers_on_the_way(self._path.parent):
+                raise ControlError(
+                    f"{whose}, who could put another socket in the place of fwd's: take that right away, or choose"
+                    " another [control] socket"
+                )
             self._clear_way()
             with _umask(0o111):  # it has its mode from the first instant; a chmod could be led elsewhere by a link
                 listener.bind(str(self._path))
@@ -369,21 +374,6 @@ def _many_groups(connection: socket.socket) -> bytes:
     if libc.getsockopt(connection.fileno(), socket.SOL_SOCKET, _SO_PEERGROUPS, room, ctypes.byref(length)):
         raise OSError(ctypes.get_errno(), "SO_PEERGROUPS")
     return room.raw[: length.value]
-
-
-def _refuse_strangers(folder: Path) -> None:
-    """Whoever may change a folder on the way to the socket may put another one in its place. Raises ControlError."""
-    for way in (folder.absolute(), folder.resolve()):
-        for step in (way, *way.parents):
-            found = os.stat(step)
-            is_strangers = found.st_uid not in (0, os.geteuid())
-            is_open = found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX
-            if is_strangers or is_open:
-                whose = f"uid {found.st_uid}" if is_strangers else "others"
-                raise ControlError(
-                    f"{step} can be changed by {whose}, who could put another socket in the place of fwd's: take that"
-                    " right away, or choose another [control] socket"
-                )
 
 
 @contextlib.contextmanager

@@ -16,6 +16,8 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from .folders import strangers_on_the_way
+
 log = logging.getLogger(__name__)
 
 _APPLICATION = 0x66776431  # "fwd1" (SQLite's file header, application_id)
@@ -55,7 +57,8 @@ class StateFile:
         """The records that a former daemon left, none if there is no file that can be trusted. Raises StateError."""
         try:
             self._path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            self._check_folder()
+            if whose := strangers_on_the_way(self._path.parent):
+                raise StateError(f"{whose}, who could put another file there: [state] file chooses another")
             if os.path.lexists(self._path):
                 try:
                     return self._read()
@@ -110,14 +113,6 @@ class StateFile:
             with contextlib.suppress(sqlite3.Error):
                 self._database.close()
             self._database = None
-
-    def _check_folder(self) -> None:
-        """Where others may write, a file could be anybody's. Raises StateError."""
-        folder = os.stat(self._path.parent)
-        if folder.st_uid not in (0, os.geteuid()) or folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise StateError(
-                f"{self._path.parent} can be written by others than root and fwd's user: [state] file chooses another"
-            )
 
     def _read(self) -> dict[bytes, bytes]:
         """Raises _Unfit, OSError or sqlite3.DatabaseError."""

@@ -128,7 +128,7 @@ def test_another_layout_is_set_aside(path, caplog):
 
 def test_a_folder_where_others_may_write_is_refused(path):
     path.parent.chmod(0o777)
-    with pytest.raises(StateError, match=r"can be written by others.*\[state\] file chooses another"):
+    with pytest.raises(StateError, match=r"can be changed by others.*\[state\] file chooses another"):
         StateFile(path, 1).open()
 
 
