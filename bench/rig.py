@@ -33,12 +33,11 @@ table ip sink {
 
 #: Up to 120,000 sources, which nobody answers, and room in the maps for one SPI of each.
 FWD_CONFIG = """
+[limits]
+half-open = 0
 [dataplane]
 max-sessions = 131072
 queue-length = 65536
-
-[limits]
-half-open = 0
 """
 
 

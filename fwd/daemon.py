@@ -145,7 +145,7 @@ class Daemon:
     async def run(self) -> int:
         """Work until a signal ends it; gives the exit status.
 
-        Raises QueueError, RulesetError, InterfaceError or ControlError.
+        Raises QueueError, RulesetError, InterfaceError, ControlError or StateError.
         """
         self._take_signals()
         async with contextlib.AsyncExitStack() as stack:
@@ -209,7 +209,7 @@ class Daemon:
     def _take_over(self) -> None:
         """Go on where a former daemon stopped: with its state file, and its decisions if they are still in the kernel.
 
-        Raises RulesetError.
+        Raises RulesetError or StateError.
         """
         rows: dict[bytes, bytes] = {}
         try:
@@ -230,6 +230,13 @@ class Daemon:
         except records.RecordError as error:
             self._begin_state_anew(f"it is damaged: {error}")
             orphans = self._firewall.restore({}, found, undecided, time.monotonic())
+        except Exception:
+            log.exception("what a former fwd left met a defect of this one")
+            self._begin_state_anew("it met a defect of fwd")
+            self._keep_nothing(StateError("they are half there"))  # or they would be written down like that
+            raise StateError(
+                "cannot go on where a former fwd stopped: start it again, and sessions begin anew"
+            ) from None
         if self._kernel is not None:
             self._kernel.remove(orphans)
             self._firewall.use_fast_path(self._config.dataplane.fast_path == "auto")
@@ -259,6 +266,8 @@ class Daemon:
 
     def _keep_nothing(self, error: StateError) -> None:
         log.error("sessions will not outlive this fwd: %s", error)
+        if self._state is not None:
+            self._state.close()
         self._state = None
         self._state_in_words = f"none: {error}"
         self._firewall.keeps_records = False
@@ -621,7 +630,7 @@ def main(config_path: Path | None, check: bool, remove_rules: bool) -> None:
             return
         _set_up_logging(config.log.level)
         sys.exit(asyncio.run(_run(config, config_path)))
-    except (ConfigError, ControlError, InterfaceError, QueueError, RulesetError) as error:
+    except (ConfigError, ControlError, InterfaceError, QueueError, RulesetError, StateError) as error:
         raise click.ClickException(str(error)) from None
 
 

@@ -10,6 +10,7 @@ from fwd import daemon
 from fwd.config import Config
 from fwd.daemon import Daemon
 from fwd.edge.interfaces import InterfaceError
+from fwd.edge.state_file import StateError
 
 
 def wired(work, path=None):
@@ -97,6 +98,22 @@ def test_systemd_hears_of_the_end_of_a_reload_that_failed(tmp_path, monkeypatch,
         assert manager.recv(4096).startswith(b"RELOADING=1")
         assert manager.recv(4096).startswith(b"READY=1")
     assert "not reloaded: " in caplog.text
+
+
+def test_a_defect_at_the_takeover_does_not_come_again_and_again(tmp_path, monkeypatch, caplog):
+    tmp_path.chmod(0o755)
+    state = tmp_path / "state"
+    config = Config.model_validate({"state": {"file": str(state)}})
+
+    async def work():
+        fwd = Daemon(config, None)
+        monkeypatch.setattr(fwd._firewall, "restore", lambda *_: 1 / 0)
+        with pytest.raises(StateError, match="start again, and sessions begin anew"):
+            fwd._take_over()
+        assert fwd._state is None and not fwd._firewall.keeps_records
+
+    asyncio.run(work())
+    assert state.exists() and "met a defect of this one" in caplog.text
 
 
 def test_groups_that_do_not_exist_are_named_in_the_log(caplog):
