@@ -116,6 +116,7 @@ class Daemon:
         self._state = StateFile(Path(config.state.file), records.LAYOUT) if config.state.file else None
         self._state_in_words = "none by configuration"
         self._no_save_before = 0.0
+        self._shown: tuple[Session, ...] = ()
         self._counted_before = dict.fromkeys(_EDGE_COUNTERS, 0)
         self._interfaces = InterfaceWatcher(self._interface_event)
         self._sa_events: deque[SaEvent] = deque()
@@ -279,14 +280,16 @@ class Daemon:
         """
         while self._kernel is not None and (work := self._firewall.take_work()) is not None:
             leaving = {element.flow.session: None for element in work.removals}
-            self._save(leaving)
+            if leaving:
+                self._save(leaving)
             self._firewall.apply_outcome(work, self._kernel.carry_out(work), time.monotonic())
-            self._save(leaving)
+            if leaving:
+                self._save(leaving)
 
     def _save(self, sessions: Collection[Session] | None = None) -> None:
         """Write what changed, or what changed of these sessions, to the state file."""
         now = time.monotonic()
-        if self._state is None or now < self._no_save_before or (sessions is not None and not sessions):
+        if self._state is None or now < self._no_save_before:
             return
         try:
             self._state.write(self._firewall.take_changes(now, sessions))
@@ -340,7 +343,8 @@ class Daemon:
             return self._api.dispatch(method, params)
         finally:
             self._after_turn()
-            self._save()  # what somebody was told is not to be forgotten
+            self._save(self._shown)  # what somebody was told is not to be forgotten
+            self._shown = ()
 
     def _run_timer(self) -> None:
         self._timer = None
@@ -464,8 +468,9 @@ class Daemon:
             self._kernel = None
 
     def _refresh(self, sessions: Iterable[Session]) -> None:
-        """Bring what the kernel counted for these sessions."""
-        self._firewall.fast_path.read_sessions(sessions)
+        """Bring what the kernel counted for these sessions, which are about to be shown."""
+        self._shown = tuple(sessions)
+        self._firewall.fast_path.read_sessions(self._shown)
         self._serve_kernel()
 
     def _take_edge_counts(self) -> None:

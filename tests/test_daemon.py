@@ -108,7 +108,7 @@ def test_a_defect_at_the_takeover_does_not_come_again_and_again(tmp_path, monkey
     async def work():
         fwd = Daemon(config, None)
         monkeypatch.setattr(fwd._firewall, "restore", lambda *_: 1 / 0)
-        with pytest.raises(StateError, match="start again, and sessions begin anew"):
+        with pytest.raises(StateError, match="start it again, and sessions begin anew"):
             fwd._take_over()
         assert fwd._state is None and not fwd._firewall.keeps_records
 

@@ -47,9 +47,9 @@ from .constants import (
     SA_LINGER_S,
     SA_SLICE,
     SAVE_INTERVAL_S,
+    SAVE_PAUSE_S,
     SAVE_SLICE,
     SWEEP_INTERVAL_S,
-    SWEEP_PAUSE_S,
     UNKNOWN_SPI_KEYS,
     WATCH_INTERVAL_S,
     WATCH_SLICE,
@@ -510,10 +510,10 @@ class Firewall:
         sessions only.
         """
         if of is None:
-            self._next_save_at = now + (SAVE_INTERVAL_S if len(self._changed) <= SAVE_SLICE else SWEEP_PAUSE_S)
+            self._next_save_at = now + (SAVE_INTERVAL_S if len(self._changed) <= SAVE_SLICE else SAVE_PAUSE_S)
             chosen = list(islice(self._changed, SAVE_SLICE))
         else:
-            chosen = list(dict.fromkeys(session.id for session in of))
+            chosen = [session.id for session in of if session.id in self._changed]
         rows: dict[bytes, bytes | None] = {}
         for session_id in chosen:
             self._changed.pop(session_id, None)
