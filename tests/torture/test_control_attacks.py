@@ -33,6 +33,7 @@ READERS, CHANGERS, OTHERS = 60, 100, 12  # games, users, man
 CONFIG = (
     default_config().replace('action = "allow"', 'action = "allow"\ninspect = "every-packet"')
     + '[dataplane]\ntransit-ports = "spi"\n[control]\nread-groups = ["games"]\nchange-groups = ["users"]\n'
+    + "[limits]\nsource = 0\npeers = 0\nhalf-open = 0\n"
 )
 ATTACKER = Path(__file__).with_name("control_attacker.py").read_text()
 
