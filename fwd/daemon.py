@@ -349,7 +349,10 @@ class Daemon:
     def _run_timer(self) -> None:
         self._timer = None
         try:
-            self._firewall.handle_timer(time.monotonic())
+            if self._firewall.is_save_due(time.monotonic()):
+                self._save()  # in a turn of its own: packets have theirs before whatever else is due
+            else:
+                self._firewall.handle_timer(time.monotonic())
         except Exception:
             log.exception("a timer met a defect of fwd; the next one comes in %g s", TIMER_RETRY_S)
             self._firewall.counters.add("timer_internal_error")
@@ -360,8 +363,6 @@ class Daemon:
         """Tell what happened, and be called again when the core wants it."""
         try:
             self._serve_kernel()
-            if self._firewall.is_save_due(time.monotonic()):
-                self._save()
             while (event := self._firewall.next_event()) is not None:
                 self._api.note_event(event)
                 _log_event(event)
