@@ -70,7 +70,7 @@ from .events import (
 from .fast_path import FastPath, Found, Outcome, Reading, Work
 from .gate import CLOSED, IkeGate
 from .health import Finding, Watch, ask_for_counts, compare, note_counts
-from .ike import IkeSa, IkeWatcher, Way, of_tunnel, peers_of
+from .ike import IkeSa, IkeWatcher, Peers, Way, of_tunnel, peers_of
 from .interfaces import InterfaceEvent, InterfaceTable
 from .limits import HALF_OPEN, LimitReached, Limits
 from .packet import Kind, Packet, PacketError, packet_of, parse, peek
@@ -169,7 +169,7 @@ class Firewall:
         self._zone_of_index: dict[int, str] = {}
         #: IKE as it was seen between any two peers, and the gate that it opens for their ESP in transit.
         self.ike = IkeWatcher()
-        self.gate = IkeGate()
+        self.gate = IkeGate(self._note_gate)
         self.spi_sessions = SpiSessions()
         #: Sessions of this host that no tunnel claimed in time.
         self._unclaimed: dict[Session, None] = {}
@@ -187,6 +187,7 @@ class Firewall:
         #: Whether what changes is noted, for `take_changes`.
         self.keeps_records = False
         self._changed: dict[int, None] = {}  # ids, in order
+        self._changed_gates: dict[Peers, None] = {}
         self._next_save_at = 0.0
         self._queue_offset = 0
         self._asked: list[Session] = []
@@ -521,8 +522,10 @@ class Firewall:
             rows[records.session_key(session_id)] = (
                 records.to_bytes(self._record(session, now)) if session is not None else None
             )
-        for peers, until in self.gate.take_changed().items():
+        for peers in self._changed_gates:
+            until = self.gate.open_until(*peers)
             rows[records.gate_key(peers)] = records.to_bytes(records.GateRecord(*peers, until)) if until else None
+        self._changed_gates.clear()
         rows[records.TOTALS_KEY] = records.to_bytes(self._totals())
         return rows
 
@@ -853,6 +856,11 @@ class Firewall:
         """The session's record is to be written anew."""
         if self.keeps_records:
             self._changed[session.id] = None
+
+    def _note_gate(self, peers: Peers) -> None:
+        """The same for a gate."""
+        if self.keeps_records:
+            self._changed_gates[peers] = None
 
     def _arm(self, session: Session, timeout_s: float, now: float) -> None:
         """Let the session's time be up after so many seconds of the ager's time."""

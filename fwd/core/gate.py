@@ -12,6 +12,7 @@ that is looked at, or in their turn, GATE_SLICE at a time: until then the fast p
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from math import inf
@@ -38,13 +39,13 @@ class Gate:
 
 
 class IkeGate:
-    """All gates, one for any two peers. Times are monotonic seconds."""
+    """All gates, one for any two peers. Times are monotonic seconds. `changed` is told which open longer, or close."""
 
-    def __init__(self) -> None:
+    def __init__(self, changed: Callable[[Peers], None]) -> None:
+        self._note = changed
         self._gates: dict[Peers, Gate] = {}
         self._deadlines: list[tuple[float, Peers]] = []
         self._moved: deque[Session] = deque()
-        self._changed: dict[Peers, None] = {}
 
     def __len__(self) -> int:
         return len(self._gates)
@@ -77,19 +78,14 @@ class IkeGate:
             self._moved.extend(gate.sessions)
             heappush(self._deadlines, (until, peers))
         gate.open_until = max(gate.open_until, until)
-        self._changed[peers] = None
-
-    def take_changed(self) -> dict[Peers, float]:
-        """The gates that were opened for longer or closed since this was asked last: until when each is open, or 0."""
-        changed, self._changed = self._changed, {}
-        return {peers: gate.open_until if (gate := self._gates.get(peers)) else 0.0 for peers in changed}
+        self._note(peers)
 
     def open_all(self) -> None:
         """Gates are no more: what waits may pass, and nothing closes."""
-        for gate in self._gates.values():
+        for peers, gate in self._gates.items():
             gate.open_until = inf
             self._moved.extend(gate.sessions)
-        self._changed |= dict.fromkeys(self._gates)
+            self._note(peers)
         self._gates.clear()
         self._deadlines.clear()
 
@@ -111,7 +107,7 @@ class IkeGate:
                 heappush(self._deadlines, (gate.open_until, peers))
                 continue
             gate.open_until = 0.0
-            self._changed[peers] = None
+            self._note(peers)
             if not gate.sessions:
                 del self._gates[peers]
         return [self._moved.popleft() for _ in range(min(GATE_SLICE, len(self._moved)))]

@@ -205,6 +205,16 @@ class TestRestart:
         assert not is_open(bench)
 
 
+def test_who_keeps_no_records_remembers_no_changes():
+    bench = Bench(**GATED)
+    bench.firewall.keeps_records = False
+    bench.check = lambda: None
+    bench.firewall.take_changes(bench.now)
+    negotiate(bench)
+    assert is_open(bench)
+    assert not bench.firewall.has_changes and not bench.firewall._changed_gates
+
+
 class TestBoundedWork:
     """However many sessions a gate has, one turn follows it with GATE_SLICE of them."""
 
