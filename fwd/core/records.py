@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import msgspec
 
 from .ike import Peers
-from .packet import Kind
 from .policy import Rule
 from .sa import ChildSa, SaEnd, SpiKey
 from .sequence import Sequence
@@ -89,30 +88,11 @@ class GenerationRecord(_Record):
     is_rekeyed: bool
 
 
-class KeyRecord(_Record):
-    """A key of a session by its addresses, and whether it leads to the c2s flow."""
-
-    kind: Kind
-    low: bytes
-    low_port: int
-    low_zone: str | None
-    high: bytes
-    high_port: int
-    high_zone: str | None
-    is_c2s: bool
-
-
-class SpiKeyRecord(_Record):
-    """A key of a session by its SPI, and whether it leads to the c2s flow."""
-
-    destination: bytes
-    is_in_udp: bool
-    spi: int
-    is_c2s: bool
-
-
 class SessionRecord(_Record):
-    """One session. Times are monotonic seconds; `ends_at` is when its time is up if no packet comes."""
+    """One session. Times are monotonic seconds; `ends_at` is when its time is up if no packet comes.
+
+    With each key stands whether it leads to the c2s flow.
+    """
 
     id: int
     application: Application
@@ -138,8 +118,8 @@ class SessionRecord(_Record):
     is_limited: bool
     is_half_open: bool
     ended_at: float | None
-    keys: tuple[KeyRecord, ...]
-    spi_keys: tuple[SpiKeyRecord, ...]
+    keys: tuple[tuple[FlowKey, bool], ...]
+    spi_keys: tuple[tuple[SpiKey, bool], ...]
     generations: tuple[GenerationRecord, ...]
     elements: tuple[ElementRecord, ...]
 
@@ -267,8 +247,8 @@ def session_record(
         session.is_limited,
         is_half_open,
         ended_at,
-        tuple(KeyRecord(*key, flow is c2s) for key, flow in keys.items() if isinstance(key, FlowKey)),
-        tuple(SpiKeyRecord(*key, flow is c2s) for key, flow in keys.items() if not isinstance(key, FlowKey)),
+        tuple((key, flow is c2s) for key, flow in keys.items() if isinstance(key, FlowKey)),
+        tuple((key, flow is c2s) for key, flow in keys.items() if not isinstance(key, FlowKey)),
         tuple(
             GenerationRecord(g.sa, g.installed_at, g.removed_at, g.end, g.moves, g.after_end_count, g.sa in rekeyed)
             for g in session.generations
@@ -337,9 +317,5 @@ def _flow_of(record: FlowRecord) -> Flow:
 
 def keys_of(record: SessionRecord, session: Session) -> dict[FlowKey | SpiKey, Flow]:
     """The keys of a record, each with the flow of its session that it leads to."""
-    keys: dict[FlowKey | SpiKey, Flow] = {
-        FlowKey(k.kind, k.low, k.low_port, k.low_zone, k.high, k.high_port, k.high_zone): session.flow(k.is_c2s)
-        for k in record.keys
-    }
-    keys |= {(k.destination, k.is_in_udp, k.spi): session.flow(k.is_c2s) for k in record.spi_keys}
-    return keys
+    keys: dict[FlowKey | SpiKey, Flow] = {key: session.flow(is_c2s) for key, is_c2s in record.keys}
+    return keys | {key: session.flow(is_c2s) for key, is_c2s in record.spi_keys}
