@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .config import explain
 from .core.counters import COUNTERS
-from .core.events import CounterRose, Event, Moment, TunnelsStale, as_it_was, moment_of
+from .core.events import ABOUT_NO_SESSION, Event, Moment, as_it_was, moment_of
 from .core.explain import Group, explain_packet, explain_session
 from .core.firewall import Firewall
 from .core.limits import BY_PEERS, BY_SOURCE, HALF_OPEN
@@ -282,7 +282,7 @@ class Api:
         looked_at = islice(self._events, begin - first, begin - first + EVENTS_LOOKED_AT)
         for number, (at, happened, moment) in enumerate(looked_at, begin):
             event = as_it_was(happened, moment)
-            about = event.session if not isinstance(event, TunnelsStale | CounterRose) else None
+            about = event.session if not isinstance(event, ABOUT_NO_SESSION) else None
             if not params.filter or (about is not None and matches(about)):
                 events.append(self._views.event(number, at, event))
                 if len(events) == min(params.limit, EVENTS_PER_PAGE):

@@ -28,12 +28,11 @@ from .api import Api
 from .config import DEFAULT_PATH, Config, ConfigError, load
 from .core import records
 from .core.events import (
-    CounterRose,
+    ABOUT_NO_SESSION,
     Event,
     SessionCreated,
     SessionEnded,
     SessionRekeyed,
-    TunnelsStale,
     TunnelTrouble,
 )
 from .core.fast_path import Found
@@ -545,13 +544,9 @@ def _duration(seconds: float) -> str:
     return f"{days} days, {hour}:{minute:02}:{second:02}"
 
 
-#: The one is logged where it comes from, the other is a number among many.
-_LOGGED_ELSEWHERE = (TunnelsStale, CounterRose)
-
-
 def _log_event(event: Event) -> None:
-    if isinstance(event, _LOGGED_ELSEWHERE):
-        return
+    if isinstance(event, ABOUT_NO_SESSION):
+        return  # the one is logged where it comes from, the other is a number among many
     if isinstance(event, TunnelTrouble):
         _log_trouble(event)
         return

@@ -93,7 +93,7 @@ SessionEvent: TypeAlias = (
 Event: TypeAlias = SessionEvent | TunnelsStale | CounterRose
 
 #: As a tuple, because events come by the thousand: a union is built anew each time it is asked.
-_ABOUT_NO_SESSION = (TunnelsStale, CounterRose)
+ABOUT_NO_SESSION = (TunnelsStale, CounterRose)
 
 #: What of a session changes while it lives, as it was at one moment; see `moment_of`.
 Moment: TypeAlias = tuple[Any, ...]
@@ -101,7 +101,7 @@ Moment: TypeAlias = tuple[Any, ...]
 
 def moment_of(event: Event) -> Moment | None:
     """How the event's session is now: cheap to keep, for nobody asks about most events. None if it is about none."""
-    if isinstance(event, _ABOUT_NO_SESSION):
+    if isinstance(event, ABOUT_NO_SESSION):
         return None
     session = event.session
     c2s, s2c = session.c2s, session.s2c
@@ -116,7 +116,7 @@ def moment_of(event: Event) -> Moment | None:
 
 def as_it_was(event: Event, moment: Moment | None) -> Event:
     """The event with its session as of that moment: what identifies it and what it had counted, without its records."""
-    if isinstance(event, _ABOUT_NO_SESSION) or moment is None:
+    if isinstance(event, ABOUT_NO_SESSION) or moment is None:
         return event
     c2s, s2c, facts, standing, generations = moment
     session = Session(event.session.id, event.session.application, Flow(*c2s), Flow(*s2c), *facts, *standing)
