@@ -142,6 +142,7 @@ class RuleSection(Section):
     application: Matches[Literal["ipsec-esp", "ipsec-udp", "ipsec-esp-udp", "ike", "any"]] = ["any"]
     action: Literal["allow", "deny"]
     log_at_end: bool = True
+    log_at_start: bool = False
     inspect: Literal["first-packet", "every-packet"] = "first-packet"
 
     def build(self) -> Rule:
@@ -150,6 +151,7 @@ class RuleSection(Section):
             self.name,
             Action(self.action),
             self.log_at_end,
+            self.log_at_start,
             _unless_any(self.from_),
             _unless_any(self.to),
             _prefixes(self.source),
@@ -165,6 +167,7 @@ class DefaultRule(Section):
     name: Name = "interzone-default"
     action: Literal["allow", "deny"] = "deny"
     log_at_end: bool = False
+    log_at_start: bool = False
 
 
 class Vici(Section):
@@ -244,7 +247,7 @@ class Config(Section):
         return Settings(
             policy=Policy(
                 tuple(rule.build() for rule in self.rules),
-                Rule(default.name, Action(default.action), default.log_at_end),
+                Rule(default.name, Action(default.action), default.log_at_end, default.log_at_start),
             ),
             zones=Zones(
                 [(pattern, zone) for zone, patterns in self.zones.items() for pattern in patterns],

@@ -132,6 +132,12 @@ SAVE_INTERVAL_S: Final = 0.2
 SAVE_SLICE: Final = 128
 SAVE_PAUSE_S: Final = 0.005
 
+#: Records of the traffic log that are saved or handed out in one go (some 5 us each), that may be handed out and not
+#: written yet, and that may wait in all (some 500 bytes each): a disk that is full for long costs records, not memory.
+LOG_SLICE: Final = 256
+LOG_HANDED_OUT: Final = 4096
+LOG_WAITING: Final = 65536
+
 #: Sessions that an operator's `clear` ends in one go, and elements of them, so that packets do not wait for all.
 CLEAR_SLICE: Final = 256
 CLEAR_ELEMENTS: Final = 1024

@@ -87,6 +87,8 @@ class FastPath:
         #: What the elements that are in the kernel, or on their way in or out, had counted when they were read last.
         self.kernel_packets = self.kernel_bytes = 0
         self._leaving: dict[Session, dict[Element, None]] = {}
+        #: Elements for the kernel that no record names yet.
+        self._unnamed: dict[Element, None] = {}
         self._removals: list[Element] = []
         #: Removals that the kernel did not answer, to be asked for again.
         self._unanswered: list[Element] = []
@@ -138,6 +140,7 @@ class FastPath:
             element.place = Place.PENDING
             self.pending.append(element)
             self._charge(element, 1)
+            self._unnamed[element] = None
             self._changed(session)
         return True
 
@@ -166,10 +169,26 @@ class FastPath:
         if session is None:
             return
         del self._leaving[session][element]
+        self._unnamed.pop(element, None)
         if not self._leaving[session]:
             del self._leaving[session]
         self._charge(element, -1)
         self._changed(element.flow.session)
+
+    @property
+    def unnamed_count(self) -> int:
+        """How many elements there are for the kernel that no record names yet, although their counts are left out."""
+        return len(self._unnamed)
+
+    def note_unnamed(self, element: Element) -> None:
+        """No record names this one."""
+        self._unnamed[element] = None
+
+    def note_named(self, session: Session) -> None:
+        """A record of the session names all its elements."""
+        if self._unnamed:
+            for element in (*session.elements, *self.leaving(session)):
+                self._unnamed.pop(element, None)
 
     def _charge(self, element: Element, sign: int) -> None:
         self.kernel_packets += sign * element.kernel_packets
@@ -187,6 +206,7 @@ class FastPath:
                 self.in_kernel += is_installed
                 if not is_installed:
                     self._charge(element, -1)
+                    self._unnamed.pop(element, None)
                     self._changed(element.flow.session)
 
     def remove_again(self, element: Element) -> bool:

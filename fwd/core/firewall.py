@@ -112,6 +112,7 @@ from .session import (
 from .settings import PassThrough, Settings, TransitPorts, UnknownSpi
 from .state import EndReason, State, Trigger
 from .table import MAX_ID, Key, KeyInUse, SessionTable, TableFull
+from .traffic_log import LogRecord, Subtype, TrafficLog
 from .tunnels import Tunnels
 
 
@@ -190,6 +191,11 @@ class Firewall:
         self._changed_gates: dict[Peers, None] = {}
         self._next_save_at = 0.0
         self._queue_offset = 0
+        self.traffic_log = TrafficLog()
+        #: Whether sessions leave records in the traffic log.
+        self.keeps_log = False
+        #: Sessions that ended and have not left theirs, by id, and when they ended.
+        self._to_log: dict[int, tuple[Session, float]] = {}
         self._asked: list[Session] = []
 
     # --- what goes in --------------------------------------------------------------------------------
@@ -383,7 +389,7 @@ class Firewall:
             deadlines.append(pairing)
         if self._to_clear or self._to_gate or self._to_rematch or self._learning:
             deadlines.append(0.0)
-        if self._changed:
+        if self.has_changes:
             deadlines.append(self._next_save_at)
         return min(deadlines)
 
@@ -445,7 +451,12 @@ class Firewall:
 
         While the kernel owes the last counts of elements that were removed, events wait: they would tell too little.
         """
-        return self._events.popleft() if self._events and not self.fast_path.is_owed_counts else None
+        if not self._events or self.fast_path.is_owed_counts:
+            return None
+        event = self._events.popleft()
+        if isinstance(event, SessionEnded) and event.session.id in self._to_log:
+            self._log_end(event.session)
+        return event
 
     # --- what the kernel does and says ----------------------------------------------------------------
 
@@ -497,12 +508,12 @@ class Firewall:
 
     @property
     def has_changes(self) -> bool:
-        """Whether a session has changed since `take_changes` was asked last."""
-        return bool(self._changed)
+        """Whether a record has changed since `take_changes` was asked last."""
+        return bool(self._changed) or self.traffic_log.has_changes
 
     def is_save_due(self, now: float) -> bool:
         """Whether it is time to ask `take_changes`."""
-        return bool(self._changed) and now >= self._next_save_at
+        return self.has_changes and now >= self._next_save_at
 
     def take_changes(self, now: float, of: Iterable[Session] | None = None) -> dict[bytes, bytes | None]:
         """The records that changed since this was asked last, by their keys; None: there is no such record any more.
@@ -516,9 +527,20 @@ class Firewall:
         else:
             chosen = [session.id for session in of if session.id in self._changed]
         rows: dict[bytes, bytes | None] = {}
+        fresh, gone = self.traffic_log.take_changes()
+        for entry in fresh:  # at once with the session that need not be logged any more
+            rows[records.log_key(entry.number)] = records.to_bytes(entry)
+            if entry.subtype is not Subtype.START and entry.session_id in self._to_log:
+                del self._to_log[entry.session_id]
+                chosen.append(entry.session_id)
+        rows.update((records.log_key(number), None) for number in gone)
         for session_id in chosen:
             self._changed.pop(session_id, None)
             session = self.table.find(session_id)
+            if session is None and session_id in self._to_log:
+                session = self._to_log[session_id][0]
+            if session is not None:
+                self.fast_path.note_named(session)
             rows[records.session_key(session_id)] = (
                 records.to_bytes(self._record(session, now)) if session is not None else None
             )
@@ -533,7 +555,16 @@ class Firewall:
         """All records are to be written anew at that time, for some may not have been."""
         for session in (*self.table, *self.table.ended):
             self._note(session)
+        self.traffic_log.save_again()
         self._next_save_at = at
+
+    def take_log(self) -> list[LogRecord]:
+        """Records that the traffic log is to write, in their order; `note_logged` says when it has."""
+        return self.traffic_log.take()
+
+    def note_logged(self, number: int) -> None:
+        """All records up to this one are written for good."""
+        self.counters.add("log_written", self.traffic_log.note_written(number, is_saved=self.keeps_records))
 
     def credit_all(self) -> None:
         """Count what the daemon answered from elements, instead of now and then."""
@@ -543,12 +574,23 @@ class Firewall:
     def _record(self, session: Session, now: float) -> records.SessionRecord:
         left_s = session.expires_at - self.ager.age(now)
         ended_at = self.table.ended_at(session.id)
+        is_to_be_logged = session.id in self._to_log
+        if ended_at is None and is_to_be_logged:
+            ended_at = self._to_log[session.id][1]
         leaving = self.fast_path.leaving(session)
         known = (self.directory.known(sa) for sa in session.sas) if ended_at is None else ()
         rekeyed = [found.sa for found in known if found is not None and found.is_rekeyed]
         is_half_open = self.limits.is_half_open(session)
         return records.session_record(
-            session, self._flows_of(session), leaving, rekeyed, is_half_open, left_s, ended_at, now
+            session,
+            self._flows_of(session),
+            leaving,
+            rekeyed,
+            is_half_open,
+            left_s,
+            ended_at,
+            is_to_be_logged,
+            now,
         )
 
     def _totals(self) -> records.TotalsRecord:
@@ -556,7 +598,14 @@ class Firewall:
         packets, octets = self.fast_path.kernel_packets, self.fast_path.kernel_bytes
         for name, counted in _COUNTED_BY_KERNEL.items():
             values[name] -= octets if counted == "bytes" else packets
-        return records.TotalsRecord(values, self.table.last_id, self._queue_offset, self.directory.answered_at)
+        return records.TotalsRecord(
+            values,
+            self.table.last_id,
+            self._queue_offset,
+            self.directory.answered_at,
+            self.traffic_log.last_number,
+            self.fast_path.unnamed_count,
+        )
 
     def _handled(self, values: Mapping[str, int]) -> int:
         """Packets that the kernel did not decide on by itself, as far as they were counted."""
@@ -564,39 +613,53 @@ class Firewall:
         return values["pkt_recv"] - values["pkt_fast_path"] + lost
 
     def restore(
-        self, rows: Mapping[bytes, bytes], found: Iterable[Found], undecided: int | None, now: float
+        self,
+        rows: Mapping[bytes, bytes],
+        found: Iterable[Found],
+        undecided: int | None,
+        now: float,
+        first_log_number: int = 0,
     ) -> list[ElementKey]:
         """Go on where a former daemon stopped: with its records, and what it left in the kernel.
 
         To be called before the first packet. `undecided` is how many packets had reached the queue's rule since the
         kernel has these elements, when the queue became this daemon's, if it tells. What nobody counted of them stands
-        in `pkt_unseen`. All sessions meet the rules anew. Gives those elements that belong to no session: the kernel is
-        to be rid of them. Raises RecordError for
-        rows that are no records, and then nothing has changed.
+        in `pkt_unseen`. All sessions meet the rules anew. Where there are no records, those of the traffic log are
+        numbered from `first_log_number` on. Gives those elements that belong to no session: the kernel is to be rid of
+        them. Raises RecordError for rows that are no records, and then nothing has changed.
         """
-        totals, gates, sessions = records.read(rows)
+        kept = records.read(rows)
+        totals = kept.totals
         if totals is not None:
             self.directory.answered_at = totals.ike_answered_at
             self._queue_offset = totals.queue_offset
         elements = {element.key: element for element in found}
-        for gate in gates:
+        self.traffic_log.restore(kept.log, totals.last_log_number if totals is not None else first_log_number)
+        for gate in kept.gates:
             self.gate.open(gate.low, gate.high, gate.open_until)
         names = {rule.name: rule for rule in (CLOSED, *self.settings.policy.rules, self.settings.policy.default)}
-        for record in sorted(sessions, key=lambda record: (record.ended_at or 0.0, record.id)):
+        for record in sorted(kept.sessions, key=lambda record: (record.ended_at or 0.0, record.id)):
             self._restore_session(record, names, elements, now)
         if totals is not None:
             self.table.last_id = max(self.table.last_id, min(totals.last_session_id, MAX_ID))
             for name, value in totals.counters.items():
                 if name in self.counters.values:
                     self.counters.values[name] += value
+            values = self.counters.values
+            there = len(self.table) + values["session_ended"] + values["session_absorbed"]
+            self.counters.add(
+                "session_not_restored", max(0, values["session_allocated"] - there - values["session_not_restored"])
+            )
         orphans = [element for element in elements.values() if not self._take_over_nameless(element, now)]
         self._lingering = deque(sorted(self._lingering, key=lambda lingering: lingering[0]))
         known = len(elements) - len(orphans)
         if undecided is not None:
             if totals is not None:
-                # Of an element that no record names, the first packet came by the queue, and was not counted then.
+                # Of an element that no record names, the first packet came by the queue, and was not counted then but
+                # for those that were there already.
                 before = totals.queue_offset + self._handled(totals.counters) + known
                 unseen = undecided - before + sum(element.reading[0] - 1 for element in orphans)
+                unseen += totals.unnamed_elements
                 self.counters.add("pkt_unseen", max(0, unseen))
             self._queue_offset = undecided - self._handled(self.counters.values)
         for session in list(self.table):
@@ -614,7 +677,6 @@ class Firewall:
         try:
             self.table.restore(session, records.keys_of(record, session), record.ended_at)
         except KeyInUse:  # a record that is older than another one: the other one is right
-            self.counters.add("session_not_restored")
             self._note(session)
             return
         if record.ended_at is None:
@@ -633,6 +695,9 @@ class Firewall:
                 self._count(lost, named.packets, named.octets, news=0)
                 self.counters.add("pkt_fast_path", named.packets)
                 self.counters.add("fast_path_lost")
+        if record.is_to_be_logged and record.ended_at is not None:
+            self._to_log[session.id] = (session, record.ended_at)
+            self._log_end(session)
 
     def _restore_place(self, session: Session, record: records.SessionRecord, now: float) -> None:
         """Let a live session be found wherever else its like are found."""
@@ -667,7 +732,7 @@ class Firewall:
         if (session.sas or session.state is State.CLOSING) and self._tunnels.get(tunnel) is None:
             self._tunnels.add(tunnel, session)
 
-    def _take_over(self, found: Found, use: SpiUse, known: int, now: float) -> None:
+    def _take_over(self, found: Found, use: SpiUse, known: int, now: float) -> Element:
         """An element of a former daemon goes on in this one; `known` packets of it were counted before."""
         element = self.fast_path.adopt(found, use, now)
         element.seen_at = now if found.reading[0] > known else use.last_seen_at
@@ -679,6 +744,7 @@ class Firewall:
         is_otherwise = (found.verdict is Verdict.DROP) != (session.state is State.DISCARD)
         if is_otherwise or not session.is_decided or session.rule.inspects_every_packet:
             self.fast_path.withdraw((element,))
+        return element
 
     def _take_over_nameless(self, found: Found, now: float) -> bool:
         """The same for one that no record names, since the former daemon was killed; whether there is a session."""
@@ -690,7 +756,7 @@ class Firewall:
         if flow is None or packet.spi is None:
             return False
         flow = flow.session.flow_of(packet) if isinstance(key, FlowKey) else flow
-        self._take_over(found, flow.note_spi(packet.spi, now), 0, now)
+        self.fast_path.note_unnamed(self._take_over(found, flow.note_spi(packet.spi, now), 0, now))
         self.counters.add("pkt_fast_path", -1)  # its first packet came by the queue
         return True
 
@@ -871,6 +937,23 @@ class Firewall:
         self.counters.add(counter)
         return Verdict.DROP
 
+    def _log(self, session: Session, subtype: Subtype, at: float) -> None:
+        """Leave a record of a session, as it is, in the traffic log."""
+        is_made = self.traffic_log.add(session, subtype, at, is_saved_first=self.keeps_records)
+        self.counters.add("log_record" if is_made else "log_lost")
+        if not is_made or not self.keeps_records:
+            self._to_log.pop(session.id, None)
+            self._note(session)
+
+    def _log_start(self, session: Session, now: float) -> None:
+        if self.keeps_log and session.rule.log_at_start:
+            self._log(session, Subtype.START, now)
+
+    def _log_end(self, session: Session) -> None:
+        """The last counts of a session that ended are in."""
+        self._note(session)
+        self._log(session, Subtype.END, self._to_log[session.id][1])
+
     # --- sessions that a packet opens ---------------------------------------------------------------
 
     def _key(self, packet: Packet, hook: int, ingress: int, egress: int) -> Key:
@@ -945,6 +1028,8 @@ class Firewall:
             if isinstance(key, FlowKey) and key.low_port and packet.kind is Kind.ESP:
                 self.spi_sessions.join(session)
         self._decide(session, now)
+        if not is_provisional or session.state is State.DISCARD:
+            self._log_start(session, now)
         if is_provisional and session.state is State.ACTIVE:
             session.refresh_s = 0
             self._arm(session, self.settings.unknown_spi_grace_s, now)
@@ -1088,6 +1173,7 @@ class Firewall:
             self.counters.add("flow_policy_deny")
             self._unclaimed[session] = None
             self._discard(session, now)
+            self._log_start(session, now)
             return
         flows = self._flows_of(session)
         pair = self._pair_key(session)
@@ -1096,6 +1182,7 @@ class Firewall:
             self.table.index(session, {pair: session.c2s})
             self._unclaimed[session] = None
             self._keep_alive(session, now)
+            self._log_start(session, now)
             return
         generic = taken.session
         turned = generic.client.address != session.client.address
@@ -1282,6 +1369,7 @@ class Firewall:
         session.rule = self._rule(session.client, session.server, session.application)
         self.counters.add("session_promoted")
         self._decide(session, now)
+        self._log_start(session, now)
         self._events.append(SessionPromoted(session))
 
     def _remove_sa(self, sa: ChildSa, end: SaEnd, now: float) -> None:
@@ -1372,6 +1460,8 @@ class Firewall:
         for forgotten in self.table.end(session, now):
             self._note(forgotten)
         self._note(session)
+        if self.keeps_log and session.rule.log_at_end:
+            self._to_log[session.id] = (session, now)
         self.limits.leave(session)
         self.gate.leave(session)
         self.spi_sessions.leave(session)

@@ -47,6 +47,7 @@ class Rule:
     name: str
     action: Action
     log_at_end: bool = True
+    log_at_start: bool = False
     from_zones: frozenset[str] = frozenset()
     to_zones: frozenset[str] = frozenset()
     sources: tuple[Prefix, ...] = ()

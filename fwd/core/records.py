@@ -11,6 +11,7 @@ Bytes are trusted no further than their types: `from_bytes` raises RecordError f
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
@@ -21,9 +22,10 @@ from .sa import ChildSa, SaEnd, SpiKey
 from .sequence import Sequence
 from .session import Application, Element, Flow, FlowKey, Generation, Place, Session, SessionType, SpiUse
 from .state import EndReason, State
+from .traffic_log import LogRecord
 
 #: To be raised whenever older records must not be read by this code, or newer ones by older code.
-LAYOUT = 1
+LAYOUT = 2
 
 _T = TypeVar("_T")
 
@@ -91,7 +93,8 @@ class GenerationRecord(_Record):
 class SessionRecord(_Record):
     """One session. Times are monotonic seconds; `ends_at` is when its time is up if no packet comes.
 
-    With each key stands whether it leads to the c2s flow.
+    With each key stands whether it leads to the c2s flow. `is_to_be_logged`: it has ended, and the traffic log has yet
+    to be told.
     """
 
     id: int
@@ -118,6 +121,7 @@ class SessionRecord(_Record):
     is_limited: bool
     is_half_open: bool
     ended_at: float | None
+    is_to_be_logged: bool
     keys: tuple[tuple[FlowKey, bool], ...]
     spi_keys: tuple[tuple[SpiKey, bool], ...]
     generations: tuple[GenerationRecord, ...]
@@ -135,7 +139,9 @@ class GateRecord(_Record):
 class TotalsRecord(_Record):
     """What there is but once: counters, without what the kernel counts under the elements of live sessions.
 
-    `queue_offset` is what the kernel's count of undecided packets is ahead of the daemon's. `ike_answered_at` is when
+    `queue_offset` is what the kernel's count of undecided packets is ahead of the daemon's. `unnamed_elements` is how
+    many elements the kernel had that no record of a session names: the first packet of each is counted here, although
+    what the kernel counts under them is left out. `ike_answered_at` is when
     the IKE daemon said something last, in monotonic seconds.
     """
 
@@ -143,15 +149,17 @@ class TotalsRecord(_Record):
     last_session_id: int
     queue_offset: int
     ike_answered_at: float | None
+    last_log_number: int
+    unnamed_elements: int
 
 
 _ENCODE = msgspec.msgpack.Encoder().encode
 _DECODERS: Mapping[type, msgspec.msgpack.Decoder[Any]] = {
-    kind: msgspec.msgpack.Decoder(kind) for kind in (SessionRecord, GateRecord, TotalsRecord)
+    kind: msgspec.msgpack.Decoder(kind) for kind in (SessionRecord, GateRecord, TotalsRecord, LogRecord)
 }
 
 
-def to_bytes(record: SessionRecord | GateRecord | TotalsRecord) -> bytes:
+def to_bytes(record: SessionRecord | GateRecord | TotalsRecord | LogRecord) -> bytes:
     """A record as bytes."""
     return _ENCODE(record)
 
@@ -166,7 +174,7 @@ def from_bytes(kind: type[_T], octets: bytes) -> _T:
 
 
 TOTALS_KEY = b"totals"
-_SESSION, _GATE = b"session ", b"gate "
+_SESSION, _GATE, _LOG = b"session ", b"gate ", b"log "
 
 
 def session_key(session_id: int) -> bytes:
@@ -179,22 +187,38 @@ def gate_key(peers: Peers) -> bytes:
     return _GATE + b"".join(peers)
 
 
-def read(rows: Mapping[bytes, bytes]) -> tuple[TotalsRecord | None, list[GateRecord], list[SessionRecord]]:
-    """All records by their keys. Raises RecordError if one of them is none."""
+def log_key(number: int) -> bytes:
+    """What a record of the traffic log is stored under until it is written."""
+    return _LOG + number.to_bytes(8)
+
+
+@dataclass(slots=True)
+class Kept:
+    """All that a state file held."""
+
     totals: TotalsRecord | None = None
-    gates, sessions = [], []
+    gates: list[GateRecord] = field(default_factory=list)
+    sessions: list[SessionRecord] = field(default_factory=list)
+    log: list[LogRecord] = field(default_factory=list)
+
+
+def read(rows: Mapping[bytes, bytes]) -> Kept:
+    """All records by their keys. Raises RecordError if one of them is none."""
+    kept = Kept()
     for key, octets in rows.items():
         if key == TOTALS_KEY:
-            totals = from_bytes(TotalsRecord, octets)
+            kept.totals = from_bytes(TotalsRecord, octets)
         elif key.startswith(_GATE):
-            gates.append(from_bytes(GateRecord, octets))
+            kept.gates.append(from_bytes(GateRecord, octets))
+        elif key.startswith(_LOG):
+            kept.log.append(from_bytes(LogRecord, octets))
         elif key.startswith(_SESSION):
             session = from_bytes(SessionRecord, octets)
             _check(session)
-            sessions.append(session)
+            kept.sessions.append(session)
         else:
             raise RecordError(f"nobody knows a record {key!r}")
-    return totals, gates, sessions
+    return kept
 
 
 def _check(record: SessionRecord) -> None:
@@ -212,6 +236,7 @@ def session_record(
     is_half_open: bool,
     left_s: float,
     ended_at: float | None,
+    is_to_be_logged: bool,
     now: float,
 ) -> SessionRecord:
     """The record of a session.
@@ -247,6 +272,7 @@ def session_record(
         session.is_limited,
         is_half_open,
         ended_at,
+        is_to_be_logged,
         tuple((key, flow is c2s) for key, flow in keys.items() if isinstance(key, FlowKey)),
         tuple((key, flow is c2s) for key, flow in keys.items() if not isinstance(key, FlowKey)),
         tuple(
