@@ -167,6 +167,8 @@ class Bench:
         self.kernel = Kernel()
         self.saved: dict[bytes, bytes] = {}
         self._checks = 0
+        #: What had been counted when the firewall began its totals.
+        self.base = dict.fromkeys(("pkt_session", "byte_session"), 0)
         self.offered = 0
         self._know_interfaces()
 
@@ -196,6 +198,7 @@ class Bench:
         found = self.kernel.find_all()
         for key in self.firewall.restore(self.saved, found, self.kernel.undecided, self.now):
             del self.kernel.elements[key]
+        self.base = {name: self.firewall.counters.values[name] for name in self.base}
         self.firewall.use_fast_path(fast_path)
         self.serve_kernel()
         self.check()
@@ -317,6 +320,7 @@ class Bench:
             unread += packets - element.kernel_packets
         assert self.offered == values["pkt_recv"] + values["pkt_unseen"] + unread
         self._check_limits()
+        self._check_totals()
         allocated = values["session_allocated"]
         gone = values["session_ended"] + values["session_absorbed"] + values["session_not_restored"]
         assert allocated == len(self.firewall.table) + gone
@@ -331,6 +335,20 @@ class Bench:
         self._checks += 1
         if len(self.firewall.table) + len(self.firewall.fast_path) <= 8 or self._checks % 16 == 0:
             self.check_saved()  # which takes a while for each
+
+    def _check_totals(self) -> None:
+        """The totals by zones are what was counted in sessions, and those by tunnel what their sessions have."""
+        totals, values = self.firewall.totals, self.firewall.counters.values
+        zones = totals.by_zones.values()
+        assert sum(carried.packets for carried in zones) == values["pkt_session"] - self.base["pkt_session"]
+        assert sum(carried.octets for carried in zones) == values["byte_session"] - self.base["byte_session"]
+        if not any(self.base.values()) and values["session_ended"] <= self.firewall.settings.keep_ended:
+            ways = [way for tunnel in totals.by_tunnel.values() for way in (tunnel.inbound, tunnel.outbound)]
+            sessions = [*self.firewall.table, *self.firewall.table.ended]
+            of_tunnels = [session for session in sessions if session.generations]
+            if self.now < 1000 + 300:
+                assert sum(way.packets for way in ways) == sum(session.packet_count for session in of_tunnels)
+                assert sum(way.octets for way in ways) == sum(session.byte_count for session in of_tunnels)
 
     def _check_limits(self) -> None:
         """What the limits counted one by one is what a look through the table gives, and nothing is left behind."""

@@ -157,3 +157,8 @@ GATE_SLICE: Final = 256
 #: linger in one go.
 SA_SLICE: Final = 64
 LINGER_SLICE: Final = 128
+
+#: A tunnel that is gone keeps its place among the totals for so long at least; whether one has been gone for longer is
+#: looked at so often while others want a place.
+TOTALS_KEPT_S: Final = 3600.0
+TOTALS_LOOK_S: Final = 1.0

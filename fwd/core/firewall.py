@@ -69,7 +69,7 @@ from .events import (
 )
 from .fast_path import FastPath, Found, Outcome, Reading, Work
 from .gate import CLOSED, IkeGate
-from .health import Finding, Watch, ask_for_counts, compare, note_counts
+from .health import Finding, Trouble, Watch, ask_for_counts, compare, note_counts
 from .ike import IkeSa, IkeWatcher, Peers, Way, of_tunnel, peers_of
 from .interfaces import InterfaceEvent, InterfaceTable
 from .limits import HALF_OPEN, LimitReached, Limits
@@ -112,6 +112,7 @@ from .session import (
 from .settings import PassThrough, Settings, TransitPorts, UnknownSpi
 from .state import EndReason, State, Trigger
 from .table import MAX_ID, Key, KeyInUse, SessionTable, TableFull
+from .totals import Totals
 from .traffic_log import LogRecord, Subtype, TrafficLog
 from .tunnels import Tunnels
 
@@ -156,6 +157,7 @@ class Firewall:
         self.table = SessionTable(settings.max_sessions, settings.keep_ended)
         self.ager = Ager(self.table, now)
         self.counters = Counters(now)
+        self.totals = Totals(settings.tunnel_totals, now)
         self.limits = Limits(settings.limits)
         self.directory = SaDirectory()
         self.interfaces = InterfaceTable()
@@ -339,6 +341,7 @@ class Firewall:
             self._to_gate = deque(self.table if settings.pass_through is PassThrough.IKE_GATED else ())
         self.settings = settings
         self.limits.set_bounds(settings.limits)
+        self.totals.capacity = settings.tunnel_totals
         self.table.capacity = settings.max_sessions
         self.table.keep_ended = settings.keep_ended
         self._zones_changed()
@@ -662,6 +665,7 @@ class Firewall:
                 unseen += totals.unnamed_elements
                 self.counters.add("pkt_unseen", max(0, unseen))
             self._queue_offset = undecided - self._handled(self.counters.values)
+        self.totals = Totals(self.settings.tunnel_totals, now)
         for session in list(self.table):
             self._note(session)
             self._rematch(session, now)
@@ -806,6 +810,20 @@ class Firewall:
         return [finding for watched in sessions for finding in self._health.found(watched)]
 
     @property
+    def tunnels(self) -> Iterable[Session]:
+        """The live sessions of tunnels that end here, one for each."""
+        return self._tunnels
+
+    def known_findings(self, session: Session) -> list[Finding]:
+        """What was wrong with a session of this host when it was last looked at: within seconds."""
+        return self._health.found(session)
+
+    @property
+    def trouble_counts(self) -> Mapping[Trouble, int]:
+        """How many sessions of this host have each trouble, as of the last look at each."""
+        return self._health.counts
+
+    @property
     def strangers(self) -> Iterable[Session]:
         """Sessions of this host that no tunnel claimed: its IKE daemon owns none of their SPIs, or does no more."""
         return self._unclaimed.keys()
@@ -860,6 +878,7 @@ class Firewall:
             self._hold_against_control(use, packets if news is None else news, element.looked_at)
         for name, amount in (("pkt_recv", packets), ("pkt_session", packets), ("byte_session", octets)):
             self.counters.add(name, amount)
+        self.totals.count(flow, packets, octets)
         self._prolong(flow.session, element.seen_at)
 
     def _prolong(self, session: Session, seen_at: float) -> None:
@@ -874,6 +893,7 @@ class Firewall:
         flow.byte_count += packet.length
         self.counters.add("pkt_session")
         self.counters.add("byte_session", packet.length)
+        self.totals.count(flow, 1, packet.length)
         self._prolong(flow.session, now)
         self._note(flow.session)
         if packet.spi is None or packet.seq is None:
@@ -1350,7 +1370,9 @@ class Firewall:
         self.gate.leave(provisional)
         flows = [session.flow((element.flow is provisional.c2s) != turned) for element in provisional.elements]
         for is_c2s in (True, False):
-            session.flow(is_c2s != turned).absorb(provisional.flow(is_c2s))
+            flow, other = session.flow(is_c2s != turned), provisional.flow(is_c2s)
+            flow.absorb(other)
+            self.totals.move(flow, other.packet_count, other.byte_count)
         for element, flow in zip(provisional.elements, flows, strict=True):
             element.use = flow.note_spi(element.use.spi, element.seen_at)
         session.elements += provisional.elements
@@ -1408,6 +1430,8 @@ class Firewall:
                     self.fast_path.read(session)
 
     def _look_at(self, session: Session, now: float) -> None:
+        if session.generations:
+            self.totals.look(session, now)
         begun, over = self._health.look(session, self.settings.tunnel_silent_s, now)
         for finding in begun:
             self.counters.add(finding.trouble.counter)
@@ -1467,6 +1491,8 @@ class Firewall:
         self.spi_sessions.leave(session)
         self._unclaimed.pop(session, None)
         self._health.forget(session)
+        if session.generations:
+            self.totals.look(session, now)
         self.counters.add("session_ended")
         if session.end_reason in _END_COUNTERS:
             self.counters.add(_END_COUNTERS[session.end_reason])

@@ -74,6 +74,8 @@ class Watch:
         self._directory = directory
         self._started_at = started_at
         self._records: dict[Session, _Record] = {}
+        #: How many sessions have each trouble.
+        self.counts: dict[Trouble, int] = dict.fromkeys(Trouble, 0)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -85,6 +87,8 @@ class Watch:
 
     def forget(self, session: Session) -> None:
         """The session has ended."""
+        for finding in self.found(session):
+            self.counts[finding.trouble] -= 1
         self._records.pop(session, None)
 
     def look(self, session: Session, silent_s: float, now: float) -> tuple[list[Finding], list[Finding]]:
@@ -95,7 +99,12 @@ class Watch:
         record.figures_before, record.figures = record.figures, {}
         record.found = {finding.trouble: finding for finding in self._findings(session, record, silent_s, now)}
         begun = [finding for trouble, finding in record.found.items() if trouble not in before]
-        return begun, [finding for trouble, finding in before.items() if trouble not in record.found]
+        over = [finding for trouble, finding in before.items() if trouble not in record.found]
+        for finding in begun:
+            self.counts[finding.trouble] += 1
+        for finding in over:
+            self.counts[finding.trouble] -= 1
+        return begun, over
 
     def _findings(self, session: Session, record: _Record, silent_s: float, now: float) -> Iterator[Finding]:
         if session.generations:

@@ -107,7 +107,8 @@ class SpiUse:
 
     Times are monotonic seconds. `first_seq` is the first sequence number that was looked at, `next_seq` that of the
     next packet if none is missing (-1: none was looked at yet); `unseen_count` packets were decided in the kernel and
-    not looked at. `sequence` is None while nothing but packets in order were seen.
+    not looked at. `sequence` is None while nothing but packets in order were seen; `told` is how much of what it tells
+    stands in the totals (totals.py).
     """
 
     spi: int
@@ -120,6 +121,7 @@ class SpiUse:
     next_seq: int = -1
     unseen_count: int = 0
     sequence: Sequence | None = None
+    told: tuple[int, int, int] | None = None
 
     def look(self, seq: int) -> None:
         """Note the sequence number of a packet that is not yet counted."""
@@ -150,7 +152,7 @@ class SpiUse:
         self.byte_count += other.byte_count
         # Which numbers lay between the two cannot be told any more: the next packet is taken for the first.
         self.first_seq = self.next_seq = -1
-        self.unseen_count, self.sequence = 0, None
+        self.unseen_count, self.sequence, self.told = 0, None, (0, 0, 0)
 
 
 @dataclass(slots=True, eq=False)

@@ -60,4 +60,5 @@ class Settings:
     pass_through: PassThrough = PassThrough.ALWAYS
     ike_gate_s: int = 14400
     tunnel_silent_s: int = 60
+    tunnel_totals: int = 256
     limits: Bounds = field(default_factory=Bounds)
