@@ -41,7 +41,8 @@ from .core.interfaces import InterfaceEvent
 from .core.sa import SaEvent, SaSnapshot, SaSourceLost
 from .core.session import Session
 from .edge import systemd
-from .edge.control import Access, ControlError, ControlServer
+from .edge.clients import Access, ListenError
+from .edge.control import ControlServer
 from .edge.interfaces import InterfaceError, InterfaceWatcher
 from .edge.kernel_path import KernelPath
 from .edge.nfqueue import PacketQueue, QueueError
@@ -145,7 +146,7 @@ class Daemon:
     async def run(self) -> int:
         """Work until a signal ends it; gives the exit status.
 
-        Raises QueueError, RulesetError, InterfaceError, ControlError or StateError.
+        Raises QueueError, RulesetError, InterfaceError, ListenError or StateError.
         """
         self._take_signals()
         async with contextlib.AsyncExitStack() as stack:
@@ -631,7 +632,7 @@ def main(config_path: Path | None, check: bool, remove_rules: bool) -> None:
             return
         _set_up_logging(config.log.level)
         sys.exit(asyncio.run(_run(config, config_path)))
-    except (ConfigError, ControlError, InterfaceError, QueueError, RulesetError, StateError) as error:
+    except (ConfigError, ListenError, InterfaceError, QueueError, RulesetError, StateError) as error:
         raise click.ClickException(str(error)) from None
 
 

@@ -14,7 +14,8 @@ import pytest
 
 from fwd.api import Api
 from fwd.cli import client
-from fwd.edge.control import Access, ControlServer
+from fwd.edge.clients import Access
+from fwd.edge.control import ControlServer
 from fwd.rpc import RpcError
 from tests.builders import LEFT, RIGHT, Bench, esp
 

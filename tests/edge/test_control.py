@@ -9,8 +9,9 @@ import socket
 import pytest
 
 from fwd import rpc
-from fwd.edge import control
-from fwd.edge.control import Access, ControlError, ControlServer, Peer
+from fwd.edge import clients, control
+from fwd.edge.clients import Access, ListenError, Peer
+from fwd.edge.control import ControlServer
 from fwd.rpc import RpcError
 
 GROUPS = {"readers": 71, "changers": 72}
@@ -125,7 +126,7 @@ def test_one_client_too_many_is_told(tmp_path):
         writer.close()
         for _, other in others:
             other.close()
-        while server._clients:
+        while server._listener._clients:
             await asyncio.sleep(0.01)
         return refused, await ask(path, request("echo"))
 
@@ -143,12 +144,12 @@ async def hello(path):
 
 
 def test_one_who_may_not_read_hears_it_at_once_and_takes_no_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(control, "_peer_of", lambda _: Peer(7777, frozenset()))
+    monkeypatch.setattr(control, "peer_of", lambda _: Peer(7777, frozenset()))
 
     async def work(path, server):
         refusals = [await asyncio.open_unix_connection(path) for _ in range(2 * control.MAX_CLIENTS)]
         said = [json.loads(await reader.readline()) for reader, _ in refusals]
-        monkeypatch.setattr(control, "_peer_of", lambda _: Peer(0, frozenset()))
+        monkeypatch.setattr(control, "peer_of", lambda _: Peer(0, frozenset()))
         served = await ask(path, request("echo"))
         for _, writer in refusals:
             writer.close()
@@ -161,12 +162,12 @@ def test_one_who_may_not_read_hears_it_at_once_and_takes_no_place(tmp_path, monk
 
 
 def test_no_user_takes_all_places_and_some_are_roots(tmp_path, monkeypatch):
-    monkeypatch.setattr(control, "_gid_of", GROUPS.get)
+    monkeypatch.setattr(clients, "_gid_of", GROUPS.get)
 
     async def work(path, server):
         writers, served = [], {}
         for uid in (7001, 7002, 7003, 7004, 0):
-            monkeypatch.setattr(control, "_peer_of", lambda _, uid=uid: Peer(uid, frozenset({GROUPS["readers"]})))
+            monkeypatch.setattr(control, "peer_of", lambda _, uid=uid: Peer(uid, frozenset({GROUPS["readers"]})))
             said = await asyncio.gather(*(hello(path) for _ in range(12)))
             writers += [writer for _, writer in said]
             served[uid] = sum(word is None for word, _ in said)
@@ -198,7 +199,7 @@ def test_a_client_that_does_not_read_is_hung_up_on_and_stalls_nobody(tmp_path, m
         started = asyncio.get_running_loop().time()
         await ask(path, request("echo"))
         quick = asyncio.get_running_loop().time() - started
-        while server._clients:
+        while server._listener._clients:
             await asyncio.sleep(0.01)
         left = [task for task in os.listdir("/proc/self/fd") if _is_socket_of(task, path)]
         lazy.close()
@@ -222,7 +223,7 @@ def test_a_silent_client_is_hung_up_on(tmp_path, monkeypatch):
 
 
 def test_who_may_do_what(monkeypatch):
-    monkeypatch.setattr(control, "_gid_of", GROUPS.get)
+    monkeypatch.setattr(clients, "_gid_of", GROUPS.get)
     access = Access(["readers"], ["changers", "nobodys"])
     assert access.missing_groups() == ["nobodys"]
     own = os.geteuid()
@@ -248,7 +249,7 @@ def test_a_dead_daemons_socket_is_replaced_and_a_live_ones_is_not(tmp_path):
         dead.bind(str(path))
 
     async def work(path, server):
-        with pytest.raises(ControlError, match="another fwd answers"):
+        with pytest.raises(ListenError, match="another fwd answers"):
             await ControlServer(path, dispatch, RIGHTS, Access([], [])).start()
         return await ask(path, request("echo"))
 
@@ -258,7 +259,7 @@ def test_a_dead_daemons_socket_is_replaced_and_a_live_ones_is_not(tmp_path):
 
 def test_a_file_in_the_way_is_left_alone(tmp_path):
     (tmp_path / "c.sock").write_text("precious")
-    with pytest.raises(ControlError, match="is no socket"):
+    with pytest.raises(ListenError, match="is no socket"):
         serve(tmp_path, None)
     assert (tmp_path / "c.sock").read_text() == "precious"
 
@@ -266,7 +267,7 @@ def test_a_file_in_the_way_is_left_alone(tmp_path):
 def test_a_link_in_the_way_is_not_followed(tmp_path):
     (tmp_path / "target").write_text("precious")
     (tmp_path / "c.sock").symlink_to(tmp_path / "target")
-    with pytest.raises(ControlError, match="is no socket"):
+    with pytest.raises(ListenError, match="is no socket"):
         serve(tmp_path, None)
     assert (tmp_path / "target").read_text() == "precious"
 
@@ -282,10 +283,10 @@ def test_a_socket_that_is_no_longer_ours_stays(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ControlError, match=r"cannot listen on .* \(.*\): \[control\] socket"):
+    with pytest.raises(ListenError, match=r"cannot listen on .* \(.*\): \[control\] socket"):
         serve(tmp_path / "file" / "below", None)
 
 
 def test_a_path_that_no_socket_can_have_is_a_clear_error(tmp_path):
-    with pytest.raises(ControlError, match=r"cannot listen on .* \(AF_UNIX path too long\)"):
+    with pytest.raises(ListenError, match=r"cannot listen on .* \(AF_UNIX path too long\)"):
         serve(tmp_path / ("x" * 120), None)

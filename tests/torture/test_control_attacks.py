@@ -19,8 +19,9 @@ import pytest
 
 from fwd.api import Api
 from fwd.cli.client import Client
-from fwd.edge import control
-from fwd.edge.control import Access, ControlError, ControlServer
+from fwd.edge import clients, control
+from fwd.edge.clients import Access, ListenError
+from fwd.edge.control import ControlServer
 from lab.lab import default_config
 from tests.builders import Bench
 from tests.torture.conftest import in_full
@@ -186,7 +187,7 @@ def test_no_crowd_keeps_packets_waiting_or_takes_the_memory(transit):
         figures[attack, bool(groups)] = (round(seen["median_ms"], 1), round(seen["worst_ms"], 1), round(max(heard), 2))
         print(attack, groups, became, seen)
         if attack == "crowd" and groups:
-            assert became.get("answered") and became.get(f"error {control.BUSY}")
+            assert became.get("answered") and became.get(f"error {clients.BUSY}")
         if not groups:
             assert "answered" not in became
     print({"median and worst wait of packets in ms, root's answer in s": figures, "MiB": (memory, most)})
@@ -258,7 +259,7 @@ def test_a_folder_that_others_can_change_is_refused(tmp_path, mode, is_safe):
         if is_safe:
             assert asyncio.run(opened(folder / "control.sock")) == 0o666
         else:
-            with pytest.raises(ControlError, match=f"{changed} can be changed by others"):
+            with pytest.raises(ListenError, match=f"{changed} can be changed by others"):
                 asyncio.run(opened(folder / "control.sock"))
         os.chmod(changed, 0o755)
 
@@ -273,7 +274,7 @@ def test_a_folder_of_somebody_else_is_refused_also_behind_a_link(tmp_path, is_li
     if is_linked:
         (tmp_path / "run").symlink_to(theirs)
         path = tmp_path / "run" / "control.sock"
-    with pytest.raises(ControlError, match="can be changed by uid 4001"):
+    with pytest.raises(ListenError, match="can be changed by uid 4001"):
         asyncio.run(opened(path))
     assert not (theirs / "control.sock").exists()
 
@@ -281,17 +282,17 @@ def test_a_folder_of_somebody_else_is_refused_also_behind_a_link(tmp_path, is_li
 def test_links_and_strangers_sockets_at_the_path_are_neither_followed_nor_taken(tmp_path):
     path, target = tmp_path / "control.sock", tmp_path / "target"
     path.symlink_to(target)  # to nothing: bind would fail, chmod and unlink would not
-    with pytest.raises(ControlError, match="is no socket"):
+    with pytest.raises(ListenError, match="is no socket"):
         asyncio.run(opened(path))
     assert path.is_symlink() and not target.exists()
     with socket.socket(socket.AF_UNIX) as stranger:
         stranger.bind(str(target))
         stranger.listen()
-        with pytest.raises(ControlError, match="is no socket"):
+        with pytest.raises(ListenError, match="is no socket"):
             asyncio.run(opened(path))
         path.unlink()
         os.link(target, path)
-        with pytest.raises(ControlError, match="another fwd answers"):
+        with pytest.raises(ListenError, match="another fwd answers"):
             asyncio.run(opened(path))
         assert os.lstat(path).st_ino == os.lstat(target).st_ino
 
@@ -312,7 +313,7 @@ def test_a_stop_leaves_what_took_the_place_of_the_socket(tmp_path):
 
 
 def test_when_there_are_no_descriptors_left_clients_wait_and_fwd_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(control, "ACCEPT_RETRY_S", 0.05)
+    monkeypatch.setattr(clients, "ACCEPT_RETRY_S", 0.05)
     path = tmp_path / "control.sock"
 
     async def main():
