@@ -10,7 +10,7 @@ import os
 import stat
 import tomllib
 from collections.abc import Iterable, Sequence
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -37,6 +37,35 @@ def _state_path(path: str) -> str:
     if path and (not path.startswith("/") or path.endswith("/") or "\0" in path):
         raise ValueError(f"found {_shown(path)}; want a file's path from / on, or nothing")
     return path
+
+
+def _listen_address(text: str) -> str:
+    if text.startswith("/"):
+        return _socket_path(text)
+    if text:
+        try:
+            address, _ = _endpoint(text)
+        except ValueError:
+            raise ValueError(
+                f"found {_shown(text)}; want 127.0.0.1:9469, [::1]:9469, or a unix socket's path from / on; or nothing"
+            ) from None
+        if not ip_address(address).is_loopback:
+            raise ValueError(
+                f"found {_shown(text)}, which others could reach, and there is no password; want a loopback address"
+                " such as 127.0.0.1:9469, and in front of it a reverse proxy that asks for one, or an ssh tunnel"
+                " (ssh -L 9469:127.0.0.1:9469 this-host)"
+            )
+    return text
+
+
+def _endpoint(text: str) -> tuple[str, int]:
+    """Address and port. Raises ValueError."""
+    host, _, port = text.rpartition(":")
+    is_v6 = host.startswith("[") and host.endswith("]")
+    address = (IPv6Address if is_v6 else IPv4Address)(host[1:-1] if is_v6 else host)
+    if not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
+        raise ValueError(f"{port!r} is no port")
+    return str(address), int(port)
 
 
 def _prefix(text: str) -> str:
@@ -184,6 +213,29 @@ class Control(Section):
     change_groups: list[Name] = []
 
 
+class Metrics(Section):
+    """Metrics for Prometheus, over HTTP: where, if anywhere, and for how many tunnels one by one."""
+
+    listen: Annotated[str, AfterValidator(_listen_address)] = Field(
+        default="",
+        description="a loopback address and port (127.0.0.1:9469, [::1]:9469), which every user of this host can ask;"
+        ' or the path of a unix socket, which [control] read-groups may; "": nowhere',
+    )
+    tunnels: int = Field(
+        default=256,
+        ge=0,
+        le=4096,
+        description='tunnels with series of their own; all others together are tunnel="other"',
+    )
+
+    @property
+    def address(self) -> Path | tuple[str, int] | None:
+        """Where to listen: a unix socket's path, an address and port, or nowhere."""
+        if not self.listen:
+            return None
+        return Path(self.listen) if self.listen.startswith("/") else _endpoint(self.listen)
+
+
 class State(Section):
     """Where fwd keeps what a successor goes on with, however it ends; an empty `file` keeps nothing."""
 
@@ -209,6 +261,7 @@ class Config(Section):
     limits: Limits = Limits()
     vici: Vici = Vici()
     control: Control = Control()
+    metrics: Metrics = Metrics()
     state: State = State()
     log: Log = Log()
 
@@ -266,6 +319,7 @@ class Config(Section):
             pass_through=PassThrough(plane.ipsec_pass_through),
             ike_gate_s=plane.ike_gate_time,
             tunnel_silent_s=plane.tunnel_silent_after,
+            tunnel_totals=self.metrics.tunnels,
             limits=Bounds(
                 source=self.limits.source,
                 peers=self.limits.peers,

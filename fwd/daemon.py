@@ -37,6 +37,7 @@ from .core.events import (
 )
 from .core.fast_path import Found
 from .core.firewall import Firewall
+from .core.histogram import Histogram
 from .core.interfaces import InterfaceEvent
 from .core.sa import SaEvent, SaSnapshot, SaSourceLost
 from .core.session import Session
@@ -45,11 +46,13 @@ from .edge.clients import Access, ListenError
 from .edge.control import ControlServer
 from .edge.interfaces import InterfaceError, InterfaceWatcher
 from .edge.kernel_path import KernelPath
+from .edge.metrics import MetricsServer
 from .edge.nfqueue import PacketQueue, QueueError
 from .edge.queue_stats import UNREADABLE, is_readable, kernel_queue_stats
 from .edge.ruleset import Backend, Ruleset, RulesetError
 from .edge.state_file import StateError, StateFile
 from .edge.vici import ViciListener
+from .metrics import Figures, HostFigures, Metrics, expose
 from .rpc import CONFIGURATION_REFUSED, RpcError
 
 log = logging.getLogger("fwd")
@@ -68,7 +71,13 @@ SA_EVENTS_WAITING = 1024
 SWITCH_S = 0.001
 
 #: What the edges count since this daemon began.
-_EDGE_COUNTERS = ("control_request", "control_refused", "queue_kernel_drop", "queue_socket_drop")
+_EDGE_COUNTERS = (
+    *("control_request", "control_refused", "metrics_request", "metrics_refused"),
+    *("queue_kernel_drop", "queue_socket_drop"),
+)
+
+#: The loop waits for a timer by the millisecond; what is later than that was kept waiting.
+_LAG_BOUNDS_S = (1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0)
 
 #: How often two of the kernel's counters are read in the hope that no packet comes between.
 UNDECIDED_TRIES = 20
@@ -134,7 +143,12 @@ class Daemon:
         self._control = ControlServer(
             Path(config.control.socket), self._control_request, self._api.rights, _access(config)
         )
+        metrics = Metrics(self._firewall, time.monotonic, self._host_figures, self._count_edges)
+        self._metrics: MetricsServer[Figures] = MetricsServer(metrics.take, expose, self._control.access)
+        self._metrics_in_words = "off"
+        self._lags = Histogram(_LAG_BOUNDS_S)
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_set_at = 0.0
         self._no_timer_before = 0.0
         self._stop = asyncio.Event()
         self._is_ready = False
@@ -169,6 +183,8 @@ class Daemon:
             self._vici.start()
             stack.callback(asyncio.create_task(self._guard_rules()).cancel)
             self._run_timer()
+            stack.callback(self._metrics.close)
+            self._begin_metrics()
             await self._control.start()  # late: who gets an answer may count on all the rest
             if (interval := systemd.watchdog_interval_s()) is not None:
                 stack.callback(asyncio.create_task(self._feed_watchdog(interval)).cancel)
@@ -185,6 +201,14 @@ class Daemon:
             systemd.notify("STOPPING=1")
             log.info("handing over" if self._is_handing_over else "stopping")
         return HANDED_OVER if self._is_handing_over else 0
+
+    def _begin_metrics(self) -> None:
+        try:
+            self._metrics.listen(self._config.metrics.address)
+            self._metrics_in_words = self._config.metrics.listen or "off"
+        except ListenError as error:  # a firewall is worth more than its metrics
+            log.error("no metrics: %s", error)
+            self._metrics_in_words = f"none: {error}"
 
     async def _wait_for_interfaces(self) -> None:
         """Until they are known, or a signal says to stop. Raises InterfaceError."""
@@ -347,6 +371,8 @@ class Daemon:
             self._shown = ()
 
     def _run_timer(self) -> None:
+        if self._timer is not None:
+            self._lags.note(max(0.0, time.monotonic() - max(self._timer.when(), self._timer_set_at)))
         self._timer = None
         try:
             if self._firewall.is_save_due(time.monotonic()):
@@ -372,6 +398,7 @@ class Daemon:
                 if self._timer is not None:
                     self._timer.cancel()
                 self._timer = self._loop.call_at(deadline, self._run_timer)
+                self._timer_set_at = time.monotonic()
 
     # --- what the service manager and the operator ask ------------------------------------------------
 
@@ -403,7 +430,7 @@ class Daemon:
         systemd.reloading()
         try:
             self._take_configuration(load(self._config_path))
-        except (ConfigError, RulesetError) as error:
+        except (ConfigError, ListenError, RulesetError) as error:
             for line in str(error).splitlines():
                 log.error("not reloaded: %s", line)
         finally:  # whatever else went wrong: systemd waits for this
@@ -413,7 +440,7 @@ class Daemon:
         """The same for a client, who is told what came of it. Raises RpcError."""
         try:
             self._take_configuration(load(self._config_path))
-        except (ConfigError, RulesetError) as error:
+        except (ConfigError, ListenError, RulesetError) as error:
             raise RpcError(CONFIGURATION_REFUSED, f"nothing was changed: {error}") from None
         return {
             "configuration": _source(self._config_path),
@@ -422,18 +449,27 @@ class Daemon:
         }
 
     def _take_configuration(self, config: Config) -> None:
-        """Go on with another configuration. Raises ConfigError or RulesetError, and then nothing has changed."""
+        """Go on with another configuration.
+
+        Raises ConfigError, ListenError or RulesetError, and then nothing has changed.
+        """
         before, after = self._config.restart_keys(), config.restart_keys()
         fixed = [key for key, value in before.items() if after[key] != value]
         if fixed:
             raise ConfigError(f"{', '.join(fixed)}: only a restart changes this; nothing was changed")
-        if config.dataplane.fail != self._config.dataplane.fail:
-            log.info("rules installed: %s", self._ruleset.change(config.dataplane.fail == "open"))
+        self._metrics.listen(config.metrics.address)
+        try:
+            if config.dataplane.fail != self._config.dataplane.fail:
+                log.info("rules installed: %s", self._ruleset.change(config.dataplane.fail == "open"))
+        except RulesetError:
+            self._metrics.listen(self._config.metrics.address)
+            raise
+        self._metrics_in_words = config.metrics.listen or "off"
         self._config = config
         self._firewall.reconfigure(config.settings())
         if self._kernel is not None:
             self._firewall.use_fast_path(config.dataplane.fast_path == "auto")
-        self._control.access = _access(config)
+        self._control.access = self._metrics.access = _access(config)
         logging.getLogger().setLevel(config.log.level.upper())
         log.info("reloaded: %d rules", len(config.rules))
 
@@ -487,7 +523,8 @@ class Daemon:
             self._is_blind = True
             log.warning("what the kernel drops before fwd cannot be counted: %s", UNREADABLE)
         dropped = (stats.queue_dropped, stats.socket_dropped) if stats is not None else ()
-        for name, value in zip(_EDGE_COUNTERS, (self._control.requests, self._control.refused, *dropped), strict=False):
+        asked = (self._control.requests, self._control.refused, self._metrics.requests, self._metrics.refused)
+        for name, value in zip(_EDGE_COUNTERS, (*asked, *dropped), strict=False):
             self._firewall.counters.values[name] = self._counted_before[name] + value
 
     def _summary(self) -> str:
@@ -519,11 +556,18 @@ class Daemon:
             "queue-rules": self._ruleset.description,
             "fast-path": self._fast_path_in_words(),
             "state-file": self._state_in_words,
+            "metrics": self._metrics_in_words,
             "without-fwd": "packets pass (fail-open)" if plane.fail == "open" else "packets are dropped (fail-closed)",
             "strongswan": "connected" if directory.is_fresh else f"away: {directory.lost_reason}",
             "tunnels": sum(1 for _ in directory),
             "sessions": f"{len(self._firewall.table)} of {self._firewall.table.capacity}",
         }
+
+    def _host_figures(self) -> HostFigures:
+        stats = kernel_queue_stats(self._queue.number)
+        waiting = stats.waiting if stats else 0 if is_readable() else None
+        plane = self._config.dataplane
+        return HostFigures(waiting, plane.queue_length, len(self._sa_events), self._queue.decisions, self._lags)
 
 
 def _source(path: Path | None) -> str:

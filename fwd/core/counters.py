@@ -114,6 +114,8 @@ COUNTERS: Final[tuple[Counter, ...]] = (
     Counter("syslog_skipped", "warn", "log", "syslog", "Records that left the traffic log before they could be sent"),
     Counter("control_request", "info", "mgmt", "control", "Requests on the control socket"),
     Counter("control_refused", "warn", "mgmt", "control", "Requests and clients refused on the control socket"),
+    Counter("metrics_request", "info", "mgmt", "metrics", "Requests for metrics"),
+    Counter("metrics_refused", "warn", "mgmt", "metrics", "Requests and clients refused where the metrics are"),
 )
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from itertools import islice
 from math import inf
@@ -810,9 +810,9 @@ class Firewall:
         return [finding for watched in sessions for finding in self._health.found(watched)]
 
     @property
-    def tunnels(self) -> Iterable[Session]:
+    def tunnels(self) -> Collection[Session]:
         """The live sessions of tunnels that end here, one for each."""
-        return self._tunnels
+        return self._tunnels.sessions
 
     def known_findings(self, session: Session) -> list[Finding]:
         """What was wrong with a session of this host when it was last looked at: within seconds."""

@@ -212,6 +212,9 @@ class SaDirectory:
         #: When it last said anything, in monotonic seconds; None if it never did.
         self.answered_at: float | None = None
 
+    def __len__(self) -> int:
+        return len(self._known)
+
     def __iter__(self) -> Iterator[KnownSa]:
         return iter(self._known.values())
 

@@ -1,8 +1,8 @@
 """What was carried since fwd began, by zones and by tunnel: totals that outlive the sessions in which it was counted.
 
 They are fed where packets are counted, `Firewall._account` and `Firewall._count`, so at every instant the sum of all
-zones is what `pkt_session` grew by. Zones are a session's as they were when a packet was counted. A firewall that goes on
-where another one stopped begins its totals anew.
+zones is what `pkt_session` grew by. Zones are a session's as they were when a packet was counted. A firewall that goes
+on where another one stopped begins its totals anew.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Totals:
                 way.duplicates += duplicates - told[2]
 
     def _make_room(self, now: float) -> bool:
-        """Whether there is a place now, after that of the tunnel that has been gone for longest was taken if need be."""
+        """Whether there is a place now, if need be that of the tunnel that has been gone for longest."""
         if len(self.by_tunnel) <= self.capacity:
             return True
         if now < self._next_look_at:

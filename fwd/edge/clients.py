@@ -199,6 +199,24 @@ def bind_path(path: Path, key: str) -> socket.socket:
     return bound
 
 
+def bind_port(address: str, port: int, key: str) -> socket.socket:
+    """A TCP socket at this address and port, not listening yet; `key` chooses them. Raises ListenError."""
+    bound = None
+    try:
+        bound = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+        bound.setblocking(False)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((address, port))
+    except OSError as error:
+        if bound is not None:
+            bound.close()
+        raise ListenError(
+            f"cannot listen on {address}, port {port} ({error.strerror or error}): {key} chooses another one, or a unix"
+            " socket"
+        ) from None
+    return bound
+
+
 def _clear_way(path: Path, key: str) -> None:
     try:
         found = os.lstat(path)
