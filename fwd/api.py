@@ -6,7 +6,7 @@ No I/O: the methods work on the core alone, so they are tested without a socket.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from heapq import nsmallest
 from ipaddress import ip_address
@@ -24,7 +24,7 @@ from .core.limits import BY_PEERS, BY_SOURCE, HALF_OPEN
 from .core.session import Application, Session, SessionType
 from .core.session_filter import FilterError, Predicate, build_filter
 from .core.state import State
-from .rpc import INVALID_PARAMS, METHOD_NOT_FOUND, NO_SUCH_SESSION, RpcError
+from .rpc import INVALID_PARAMS, METHOD_NOT_FOUND, NO_SUCH_SESSION, LiveKind, RpcError
 from .views import JSON, Views
 
 #: Events remembered for those who ask a little later.
@@ -43,6 +43,10 @@ EVENTS_PER_PAGE = 500
 
 #: SAs in one answer of `tunnel.list`: some 10 ms' worth.
 SAS_PER_PAGE = 1000
+
+#: Values offered for completion at once, and names that are looked at for it, at most: some 3 ms' worth.
+VALUES_OFFERED = 50
+NAMES_LOOKED_AT = 16384
 
 #: Sessions of this host without a tunnel in an answer of `tunnel.detail`.
 STRANGERS_SHOWN = 32
@@ -94,6 +98,11 @@ class _PacketParams(_Params):
     ports: Annotated[list[Annotated[int, Field(ge=0, le=65535)]], Field(min_length=2, max_length=2)] | None = None
 
 
+class _Values(_Params):
+    kind: LiveKind
+    prefix: str = ""
+
+
 class _Events(_Filtered):
     after: int = Field(default=-1, ge=-1)
     limit: int = Field(default=500, ge=1, le=1000)
@@ -143,6 +152,7 @@ class Api:
             "explain.session": Method("read", _One, self._explain_session),
             "explain.packet": Method("read", _PacketParams, self._explain_packet),
             "event.list": Method("read", _Events, self._event_list),
+            "complete.values": Method("read", _Values, self._complete_values),
             "counter.list": Method("read", _Nothing, self._counter_list),
             "tunnel.list": Method("read", _After, self._tunnel_list),
             "tunnel.detail": Method("read", _Tunnels, self._tunnel_detail),
@@ -337,6 +347,49 @@ class Api:
             "strangers": [self._views.stranger(session) for session in strangers],
             "next": following,
         }
+
+    # --- what may be typed ------------------------------------------------------------------------------
+
+    def _complete_values(self, params: _Values) -> JSON:
+        """Some of the values that begin with the prefix, each with what it is: what somebody who types may mean."""
+        if params.kind == "session":
+            found: Iterable[tuple[str, str]] = self._sessions_like(params.prefix)
+        else:
+            names = dict(islice(self._names(params.kind), NAMES_LOOKED_AT))
+            found = ((name, meaning) for name, meaning in names.items() if name.startswith(params.prefix))
+        return {"values": list(islice(found, VALUES_OFFERED))}
+
+    def _names(self, kind: LiveKind) -> Iterator[tuple[str, str]]:
+        firewall, settings = self._firewall, self._firewall.settings
+        if kind == "zone":
+            for pattern, zone in settings.zones.patterns:
+                yield zone, f"zone of {pattern}"
+            yield settings.zones.default, "zone of all other interfaces"
+        elif kind == "rule":
+            for rule in (*settings.policy.rules, settings.policy.default):
+                yield rule.name, rule.action
+        elif kind == "interface":
+            for name in firewall.interfaces.names:
+                yield name, f"in zone {settings.zones.zone_of(name)}"
+        else:
+            for known in firewall.directory:
+                yield known.sa.child_name, f"CHILD_SA of {known.sa.ike_name}"
+                yield known.sa.ike_name, "IKE_SA"
+
+    def _sessions_like(self, prefix: str) -> Iterator[tuple[str, str]]:
+        """Live sessions whose ids begin with these digits: for 7 those of 7, of 70 to 79, of 700 to 799, and so on."""
+        if prefix and not (prefix.isascii() and prefix.isdigit() and prefix[0] != "0"):
+            return
+        table = self._firewall.table
+        least, most = (int(prefix), int(prefix)) if prefix else (1, table.last_id)
+        while least <= table.last_id:
+            for session in table.after(least - 1):
+                if session.id > most:
+                    break
+                yield str(session.id), self._views.in_short(session)
+            least, most = least * 10, most * 10 + 9
+            if not prefix:
+                return
 
     # --- counters, tunnels, the host ------------------------------------------------------------------
 

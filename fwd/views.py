@@ -88,6 +88,11 @@ class Views:
                 view["ipsec"]["findings"] = self.findings(session)
         return view
 
+    def in_short(self, session: Session) -> str:
+        """A session in a few words."""
+        ends = " -> ".join(str(ip_address(end.address)) for end in (session.client, session.server))
+        return f"{session.sa.child_name if session.sa else session.application} {ends} {session.state}"
+
     def _ipsec(self, session: Session, now: float) -> JSON:
         sa = session.sa
         gone = removal(self._firewall.directory, session.generations[-1]) if sa else None

@@ -179,6 +179,33 @@ def test_counts_and_tunnels_and_info(api, bench):
     assert api.dispatch("system.info", {}) == {"hostname": "here"}
 
 
+@pytest.mark.parametrize(
+    ("kind", "prefix", "names"),
+    [
+        ("zone", "", ["untrust", "trust", "any"]),
+        ("zone", "un", ["untrust"]),
+        ("rule", "", ["nothing", "default"]),
+        ("interface", "", ["wan", "left", "right"]),
+        ("tunnel", "n", ["net"]),
+        ("session", "", ["1", "2", "3", "4"]),
+        ("session", "4", ["4"]),
+        ("session", "04", []),
+        ("session", "\u0664", []),
+    ],
+)
+def test_values_that_somebody_may_want_to_type(api, kind, prefix, names):
+    values = api.dispatch("complete.values", {"kind": kind, "prefix": prefix})["values"]
+    assert [name for name, _ in values] == names and all(meaning for _, meaning in values)
+
+
+def test_values_offered_are_few_of_many(api, bench):
+    for host in range(1, 250):
+        bench.forward(esp(f"10.9.0.{host}", RIGHT, 1))
+    offered = [int(value) for value, _ in api.dispatch("complete.values", {"kind": "session", "prefix": "2"})["values"]]
+    assert offered == [2, *range(20, 30), *range(200, 239)] and len(offered) == api_module.VALUES_OFFERED
+    assert len(api.dispatch("complete.values", {"kind": "session"})["values"]) == api_module.VALUES_OFFERED
+
+
 def test_long_counts_and_lists_come_in_pages(api, bench, monkeypatch):
     monkeypatch.setattr(api_module, "LOOKED_AT_ONCE", 2)
     monkeypatch.setattr(api_module, "SAS_PER_PAGE", 2)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import socket
 import stat
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..rpc import INTERNAL_ERROR, MAX_ANSWER_BYTES, RpcError
+from ..rpc import INTERNAL_ERROR, MAX_ANSWER_BYTES, LiveKind, RpcError
 
 TIMEOUT_S = 10.0
 #: Sessions in a page: some 8 ms of the daemon's time, in which packets wait.
@@ -26,19 +27,34 @@ class NoDaemon(Exception):
 
 
 class Client:
-    """One connection to the daemon, opened with the first request."""
+    """One connection to the daemon, opened with the first request, and again if the daemon has hung up since.
 
-    def __init__(self, path: str) -> None:
+    `timeout_s` is how long an answer may take.
+    """
+
+    def __init__(self, path: str, timeout_s: float = TIMEOUT_S) -> None:
         self._path = path
+        self._timeout_s = timeout_s
         self._connection: socket.socket | None = None
         self._buffer = b""
         self._id = 0
 
     def call(self, method: str, **params: Any) -> Any:
         """Ask and wait for the answer. Raises RpcError if the daemon says no, NoDaemon if it does not answer."""
+        try:
+            return self._call(method, params)
+        except RpcError:
+            raise
+        except BaseException:  # Ctrl-C, say: an answer that is still to come must not be taken for the next one
+            self.close()
+            raise
+
+    def _call(self, method: str, params: Mapping[str, Any]) -> Any:
         self._id += 1
         request = {"jsonrpc": "2.0", "id": self._id, "method": method, "params": params}
         try:
+            if self._connection is not None and self._has_hung_up(self._connection):
+                self.close()
             if self._connection is None:
                 self._connection = self._connect()
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a fwd that hangs up says why first
@@ -53,7 +69,7 @@ class Client:
                 raise NoDaemon(f"{self._path} is no socket: name fwd's --socket") from None
             raise NoDaemon(f"fwd has left {self._path} behind: start it again (systemctl start fwd)") from None
         except TimeoutError:
-            raise NoDaemon(f"fwd on {self._path} does not answer within {TIMEOUT_S:g} s: see its log") from None
+            raise NoDaemon(f"fwd on {self._path} does not answer within {self._timeout_s:g} s: see its log") from None
         except OSError as error:
             raise NoDaemon(f"{self._path}: {error.strerror or error}") from None
         except ValueError:
@@ -85,6 +101,10 @@ class Client:
         """What `tunnel.detail` says of all tunnels, or of those of that name."""
         return self._whole("tunnel.detail", name=name)
 
+    def values(self, kind: LiveKind, prefix: str) -> list[tuple[str, str]]:
+        """Some of the values of a kind that begin so, each with what it is, for completion."""
+        return [(value, meaning) for value, meaning in self.call("complete.values", kind=kind, prefix=prefix)["values"]]
+
     def _whole(self, method: str, **params: Any) -> dict[str, Any]:
         """An answer whose pages are put together: what they list, and how many they count."""
         answer: dict[str, Any] = self.call(method, **params)
@@ -111,9 +131,9 @@ class Client:
 
     def _connect(self) -> socket.socket:
         """Connect; while others stand in line before fwd, wait for a place in it."""
-        deadline = time.monotonic() + TIMEOUT_S
+        deadline = time.monotonic() + self._timeout_s
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.settimeout(TIMEOUT_S)
+        connection.settimeout(self._timeout_s)
         while True:
             try:
                 connection.connect(self._path)
@@ -127,11 +147,19 @@ class Client:
                 connection.close()
                 raise
 
+    @staticmethod
+    def _has_hung_up(connection: socket.socket) -> bool:
+        """Whether there is something to read although nothing was asked: the end, if the daemon is another one now."""
+        poll = select.poll()
+        poll.register(connection, select.POLLIN)
+        return bool(poll.poll(0))
+
     def close(self) -> None:
-        """Hang up."""
+        """Hang up; the next request connects again."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+        self._buffer = b""
 
     def _line(self) -> bytes:
         assert self._connection is not None
