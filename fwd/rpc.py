@@ -62,6 +62,25 @@ FILTER_KEYS: Final = {
     "egress-interface": FilterKey("interface towards the server", live="interface"),
 }
 
+#: What `sort` understands.
+SORT_KEYS: Final = {
+    "id": "id, the order in which they were opened",
+    "age": "seconds since it started",
+    "idle": "seconds since its last packet",
+    "ttl": "seconds until it ends if no packet comes",
+    "packets": "packets of both directions",
+    "bytes": "bytes of both directions",
+    "packet-rate": "packets a second, of both directions",
+    "bit-rate": "bits a second, of both directions",
+    "source": "client's address",
+    "destination": "server's address",
+    "from": "client's zone",
+    "to": "server's zone",
+    "application": "name of the application",
+    "state": "state",
+    "rule": "name of the rule",
+}
+
 
 class RpcError(Exception):
     """A request is refused: the code, and one line that says what to do."""

@@ -7,10 +7,12 @@ import socket
 import subprocess
 import sys
 import threading
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 
+from fwd import api
 from fwd.cli import client
 from fwd.rpc import RpcError
 from tests.builders import LEFT
@@ -27,6 +29,27 @@ def test_pages_are_put_together(daemon):
     done = fwctl("show", "session", "all", path=daemon)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 4 + 2 * 1100
     assert len(json.loads(fwctl("show", "session", "all", "--json", path=daemon).stdout)["sessions"]) == 1100
+
+
+def test_an_order_over_many_pages(daemon):
+    asked = client.Client(str(daemon))
+    by_source = [(view["c2s"]["source"], view["id"]) for view in asked.sessions({})]
+    by_source.sort(key=lambda pair: (ip_address(pair[0]), pair[1]))
+    assert [(view["c2s"]["source"], view["id"]) for view in asked.sessions({}, "source")] == by_source
+    last = [view["id"] for view in asked.sessions({}, "id", descending=True, limit=250)]
+    assert last == list(range(1100, 850, -1))
+    assert [view["id"] for view in asked.sessions({"source": "10.1.0.0/16"}, limit=3)] == [251, 252, 253]
+    asked.close()
+
+
+def test_the_top_of_all_sessions(daemon, monkeypatch):
+    monkeypatch.setattr(api, "RANKED_AT_ONCE", 100)
+    asked = client.Client(str(daemon))
+    top = asked.top({"source": "10.0.0.0/8"}, "source", limit=120)
+    assert top["matched"] == 1099 and len(top["sessions"]) == 120
+    assert top["sessions"][0]["c2s"]["source"] == "10.4.0.99"
+    assert top["sessions"][0]["findings"] == [] and "rates" in top["sessions"][0]
+    asked.close()
 
 
 def test_json_stands_before_or_after_the_words(daemon):
