@@ -6,9 +6,9 @@ No I/O: the methods work on the core alone, so they are tested without a socket.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from heapq import nsmallest
+from heapq import nlargest, nsmallest
 from ipaddress import ip_address
 from itertools import chain, islice
 from typing import Annotated, Any
@@ -23,8 +23,9 @@ from .core.firewall import Firewall
 from .core.limits import BY_PEERS, BY_SOURCE, HALF_OPEN
 from .core.session import Application, Session, SessionType
 from .core.session_filter import FilterError, Predicate, build_filter
+from .core.session_order import RATES, OrderError, value_of
 from .core.state import State
-from .rpc import INVALID_PARAMS, METHOD_NOT_FOUND, NO_SUCH_SESSION, RpcError
+from .rpc import INVALID_PARAMS, METHOD_NOT_FOUND, NO_SUCH_SESSION, LiveKind, RpcError
 from .views import JSON, Views
 
 #: Events remembered for those who ask a little later.
@@ -35,6 +36,7 @@ PAIRS_PER_PAGE = 128
 
 #: Sessions, and events, that one page looks at, at most: some 5 to 10 ms with a filter, in which packets wait.
 LOOKED_AT_ONCE = 4096
+RANKED_AT_ONCE = 2048
 EVENTS_LOOKED_AT = 1024
 
 #: Sessions, and events, in one answer, whatever limit is asked for: some 15 ms' worth.
@@ -43,6 +45,10 @@ EVENTS_PER_PAGE = 500
 
 #: SAs in one answer of `tunnel.list`: some 10 ms' worth.
 SAS_PER_PAGE = 1000
+
+#: Values offered for completion at once, and names that are looked at for it, at most: some 3 ms' worth.
+VALUES_OFFERED = 50
+NAMES_LOOKED_AT = 16384
 
 #: Sessions of this host without a tunnel in an answer of `tunnel.detail`.
 STRANGERS_SHOWN = 32
@@ -74,6 +80,18 @@ class _Page(_Counted):
     limit: int = Field(default=500, ge=1, le=1000)
 
 
+class _ListParams(_Page):
+    ids: Annotated[list[SessionId], Field(max_length=1000)] | None = None
+    live: bool = False
+
+
+class _Rank(_Counted):
+    sort: str = "id"
+    descending: bool = False
+    limit: Annotated[int, Field(ge=1)] | None = None
+    beyond: str | float | int | None = None
+
+
 class _One(_Params):
     id: SessionId
 
@@ -92,6 +110,11 @@ class _PacketParams(_Params):
     dst: str
     spi: Annotated[int, Field(ge=1, le=2**32 - 1)]
     ports: Annotated[list[Annotated[int, Field(ge=0, le=65535)]], Field(min_length=2, max_length=2)] | None = None
+
+
+class _Values(_Params):
+    kind: LiveKind
+    prefix: str = ""
 
 
 class _Events(_Filtered):
@@ -135,7 +158,8 @@ class Api:
         self._sync = sync
         self._refresh = refresh
         self.methods: Mapping[str, Method] = {
-            "session.list": Method("read", _Page, self._session_list),
+            "session.list": Method("read", _ListParams, self._session_list),
+            "session.rank": Method("read", _Rank, self._session_rank),
             "session.count": Method("read", _Counted, self._session_count),
             "session.get": Method("read", _One, self._session_get),
             "session.clear": Method("change", _Clear, self._session_clear),
@@ -143,6 +167,7 @@ class Api:
             "explain.session": Method("read", _One, self._explain_session),
             "explain.packet": Method("read", _PacketParams, self._explain_packet),
             "event.list": Method("read", _Events, self._event_list),
+            "complete.values": Method("read", _Values, self._complete_values),
             "counter.list": Method("read", _Nothing, self._counter_list),
             "tunnel.list": Method("read", _After, self._tunnel_list),
             "tunnel.detail": Method("read", _Tunnels, self._tunnel_detail),
@@ -164,7 +189,7 @@ class Api:
             return method.answer(method.params.model_validate(params))
         except ValidationError as error:
             raise RpcError(INVALID_PARAMS, f"{name}: {'; '.join(explain(error, method.params))}") from None
-        except FilterError as error:
+        except (FilterError, OrderError) as error:
             raise RpcError(INVALID_PARAMS, str(error)) from None
 
     # --- sessions -----------------------------------------------------------------------------------
@@ -174,11 +199,16 @@ class Api:
         now = self._now()
         return lambda session: predicate(session, now)
 
-    def _session_list(self, params: _Page) -> JSON:
+    def _session_list(self, params: _ListParams) -> JSON:
         """Sessions after an id, in the order of their ids. `next` is what to go on after, None at the end.
 
-        A page may have fewer than `limit`, with a filter even none, and still not be the last.
+        A page may have fewer than `limit`, with a filter even none, and still not be the last. With `ids` those
+        sessions, in that order, as far as they are still there and the filter matches; SESSIONS_PER_PAGE at most, and
+        `next` is how many of the ids are done. `live`: for a display that asks again and again, each with `rates` and
+        `findings`.
         """
+        if params.ids is not None:
+            return self._sessions_named(params, params.ids)
         matches = self._matching(params.filter)
         limit = min(params.limit, SESSIONS_PER_PAGE)
         page: list[Session] = []
@@ -190,8 +220,55 @@ class Api:
             last = session.id
             if matches(session):
                 page.append(session)
+        return self._shown(page, following, params)
+
+    def _sessions_named(self, params: _ListParams, ids: list[int]) -> JSON:
+        matches = self._matching(params.filter)
+        limit = min(params.limit, SESSIONS_PER_PAGE)
+        chosen = ids[params.after : params.after + limit]
+        found = filter(None, map(self._firewall.table.live, chosen))
+        following = params.after + limit if params.after + limit < len(ids) else None
+        return self._shown([session for session in found if matches(session)], following, params)
+
+    def _shown(self, page: list[Session], following: int | None, params: _ListParams) -> JSON:
+        if params.live:
+            self._firewall.rates.watch(self._now())
         self._refresh(page)
-        return {"sessions": [self._views.session(session) for session in page], "next": following}
+        return {
+            "sessions": [self._views.session(session, is_live=params.live) for session in page],
+            "next": following,
+        }
+
+    def _session_rank(self, params: _Rank) -> JSON:
+        """The next sessions after an id in the order of `sort`: pairs of value and id, of equals the lower id first.
+
+        RANKED_AT_ONCE are looked at, and `next` is what to go on after, None at the end; who asks puts the pages
+        together. With `limit` no more than so many, and with `beyond` only those that come before that value: the last
+        of those that one has already. `matched` is how many match the filter. Rates are measured from the first time
+        that somebody sorts by them, `measured_s` seconds ago; until they are known they are taken for 0.
+        """
+        firewall, now = self._firewall, self._now()
+        if params.sort in RATES:
+            firewall.rates.watch(now)
+        value, matches = value_of(params.sort), self._matching(params.filter)
+        page = list(islice(firewall.table.after(params.after), RANKED_AT_ONCE))
+        ranked = [(value(firewall, session, now), session.id) for session in page if matches(session)]
+        matched = len(ranked)
+        if (beyond := params.beyond) is not None:
+            if ranked and isinstance(beyond, str) is not isinstance(ranked[0][0], str):
+                raise RpcError(INVALID_PARAMS, f"session.rank: beyond: {beyond!r} is no value of '{params.sort}'")
+            ranked = [pair for pair in ranked if (pair[0] > beyond if params.descending else pair[0] < beyond)]
+        if params.limit is not None:
+            first = nlargest if params.descending else nsmallest
+            ranked = first(params.limit, ranked, key=lambda pair: pair[0])
+        else:
+            ranked.sort(key=lambda pair: pair[0], reverse=params.descending)
+        return {
+            "ranked": ranked,
+            "matched": matched,
+            "measured_s": firewall.rates.measured_s(now),
+            "next": page[-1].id if len(page) == RANKED_AT_ONCE else None,
+        }
 
     def _session_count(self, params: _Counted) -> JSON:
         """How many of the next sessions after an id match; `next` is what to go on after, None at the end."""
@@ -337,6 +414,49 @@ class Api:
             "strangers": [self._views.stranger(session) for session in strangers],
             "next": following,
         }
+
+    # --- what may be typed ------------------------------------------------------------------------------
+
+    def _complete_values(self, params: _Values) -> JSON:
+        """Some of the values that begin with the prefix, each with what it is: what somebody who types may mean."""
+        if params.kind == "session":
+            found: Iterable[tuple[str, str]] = self._sessions_like(params.prefix)
+        else:
+            names = dict(islice(self._names(params.kind), NAMES_LOOKED_AT))
+            found = ((name, meaning) for name, meaning in names.items() if name.startswith(params.prefix))
+        return {"values": list(islice(found, VALUES_OFFERED))}
+
+    def _names(self, kind: LiveKind) -> Iterator[tuple[str, str]]:
+        firewall, settings = self._firewall, self._firewall.settings
+        if kind == "zone":
+            for pattern, zone in settings.zones.patterns:
+                yield zone, f"zone of {pattern}"
+            yield settings.zones.default, "zone of all other interfaces"
+        elif kind == "rule":
+            for rule in (*settings.policy.rules, settings.policy.default):
+                yield rule.name, rule.action
+        elif kind == "interface":
+            for name in firewall.interfaces.names:
+                yield name, f"in zone {settings.zones.zone_of(name)}"
+        else:
+            for known in firewall.directory:
+                yield known.sa.child_name, f"CHILD_SA of {known.sa.ike_name}"
+                yield known.sa.ike_name, "IKE_SA"
+
+    def _sessions_like(self, prefix: str) -> Iterator[tuple[str, str]]:
+        """Live sessions whose ids begin with these digits: for 7 those of 7, of 70 to 79, of 700 to 799, and so on."""
+        if prefix and not (prefix.isascii() and prefix.isdigit() and prefix[0] != "0"):
+            return
+        table = self._firewall.table
+        least, most = (int(prefix), int(prefix)) if prefix else (1, table.last_id)
+        while least <= table.last_id:
+            for session in table.after(least - 1):
+                if session.id > most:
+                    break
+                yield str(session.id), self._views.in_short(session)
+            least, most = least * 10, most * 10 + 9
+            if not prefix:
+                return
 
     # --- counters, tunnels, the host ------------------------------------------------------------------
 

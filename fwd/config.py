@@ -5,8 +5,10 @@ The models below are the reference of what the file may say; pydantic does the c
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
+import re
 import stat
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -44,7 +46,7 @@ def _listen_address(text: str) -> str:
         return _socket_path(text)
     if text:
         try:
-            address, _ = _endpoint(text)
+            _, address, _ = _endpoint(f"tcp:{text}", ("tcp",))
         except ValueError:
             raise ValueError(
                 f"found {_shown(text)}; want 127.0.0.1:9469, [::1]:9469, or a unix socket's path from / on; or nothing"
@@ -58,14 +60,32 @@ def _listen_address(text: str) -> str:
     return text
 
 
-def _endpoint(text: str) -> tuple[str, int]:
-    """Address and port. Raises ValueError."""
-    host, _, port = text.rpartition(":")
-    is_v6 = host.startswith("[") and host.endswith("]")
-    address = (IPv6Address if is_v6 else IPv4Address)(host[1:-1] if is_v6 else host)
-    if not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
-        raise ValueError(f"{port!r} is no port")
-    return str(address), int(port)
+def _file_path(path: str) -> str:
+    if path and (not path.startswith("/") or "\0" in path):
+        raise ValueError(f"found {_shown(path)}; want a file's path from / on, or nothing")
+    return path
+
+
+def _syslog_server(text: str) -> str:
+    if text:
+        _endpoint(text, ("udp", "tcp", "tls"))
+    return text
+
+
+def _endpoint(text: str, transports: Sequence[str]) -> tuple[str, str, int]:
+    """Transport, address and port, as in udp:192.0.2.9:4739 and tcp:[2001:db8::9]:4739. Raises ValueError."""
+    parts = re.fullmatch(r"([a-z]+):(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+)):([0-9]{1,5})", text)
+    if parts is not None:
+        transport, v6, v4, port = parts.groups()
+        with contextlib.suppress(ValueError):
+            address = str(IPv6Address(v6) if v6 else IPv4Address(v4))
+            if transport in transports and 0 < int(port) < 65536:
+                return transport, address, int(port)
+    forms = " or ".join(f"{transport}:ADDRESS:PORT" for transport in transports)
+    raise ValueError(
+        f"found {_shown(text)}; want {forms}, with an address and no name, such as"
+        f" {transports[0]}:192.0.2.9:4739 or {transports[-1]}:[2001:db8::9]:4739"
+    )
 
 
 def _prefix(text: str) -> str:
@@ -233,13 +253,47 @@ class Metrics(Section):
         """Where to listen: a unix socket's path, an address and port, or nowhere."""
         if not self.listen:
             return None
-        return Path(self.listen) if self.listen.startswith("/") else _endpoint(self.listen)
+        return Path(self.listen) if self.listen.startswith("/") else _endpoint(f"tcp:{self.listen}", ("tcp",))[1:]
 
 
 class State(Section):
     """Where fwd keeps what a successor goes on with, however it ends; an empty `file` keeps nothing."""
 
     file: Annotated[str, AfterValidator(_state_path)] = "/run/fwd/state"
+
+
+class TrafficLog(Section):
+    """Where each session that ended leaves a record, if its rule says `log-at-end`, and how many are kept."""
+
+    file: Annotated[str, AfterValidator(_state_path)] = Field(
+        default="/var/log/fwd/traffic", description='an SQLite file; "" keeps no log, and nothing is sent to syslog'
+    )
+    max_size: int = Field(default=1024, ge=1, le=1_000_000, description="MiB; the oldest records make room")
+    max_age: int = Field(default=90, ge=1, le=36500, description="days; older records go")
+    journal: bool = Field(default=False, description="also send each record to the journal, with fields")
+
+
+class Syslog(Section):
+    """To which server the records of the traffic log go, in the order of PAN-OS's traffic log."""
+
+    server: Annotated[str, AfterValidator(_syslog_server)] = Field(
+        default="", description='"udp:192.0.2.9:514", "tcp:...", "tls:[2001:db8::9]:6514"; "": none'
+    )
+    format: Literal["bsd", "ietf"] = Field(default="bsd", description="RFC 3164 or RFC 5424")
+    facility: Literal["user", "local0", "local1", "local2", "local3", "local4", "local5", "local6", "local7"] = "user"
+    tls_ca: Annotated[str, AfterValidator(_file_path)] = Field(
+        default="", description="who signed the server's certificate (PEM); \"\": the system's authorities"
+    )
+    tls_name: str = Field(default="", description='the name in the certificate; "": the address')
+    tls_certificate: Annotated[str, AfterValidator(_file_path)] = Field(
+        default="", description="fwd's own certificate, for a server that wants one (PEM)"
+    )
+    tls_key: Annotated[str, AfterValidator(_file_path)] = Field(default="", description="its key (PEM)")
+
+    @property
+    def endpoint(self) -> tuple[str, str, int] | None:
+        """Transport, address and port of the server; None: there is none."""
+        return _endpoint(self.server, ("udp", "tcp", "tls")) if self.server else None
 
 
 class Log(Section):
@@ -263,6 +317,8 @@ class Config(Section):
     control: Control = Control()
     metrics: Metrics = Metrics()
     state: State = State()
+    traffic_log: TrafficLog = TrafficLog()
+    syslog: Syslog = Syslog()
     log: Log = Log()
 
     @model_validator(mode="after")
@@ -336,6 +392,8 @@ class Config(Section):
             "vici.socket": self.vici.socket,
             "control.socket": self.control.socket,
             "state.file": self.state.file,
+            "traffic-log": self.traffic_log,
+            "syslog": self.syslog,
         }
 
 

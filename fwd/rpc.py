@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Literal, NamedTuple
 
 # Defined by the JSON-RPC 2.0 specification, section 5.1.
 PARSE_ERROR: Final = -32700
@@ -22,23 +22,63 @@ DEFAULT_SOCKET: Final = "/run/fwd/control.sock"
 MAX_REQUEST_BYTES: Final = 64 * 1024
 MAX_ANSWER_BYTES: Final = 8 * 1024 * 1024
 
+
+#: What has values that fwd knows and completion can offer: sessions by id, the others by name.
+LiveKind = Literal["session", "zone", "rule", "interface", "tunnel"]
+
+
+class FilterKey(NamedTuple):
+    """What stands after a filter key: what it means, and which values there are.
+
+    `words` is a closed set; `live` names what the daemon knows the values of (a LiveKind).
+    """
+
+    about: str = ""
+    words: tuple[str, ...] = ()
+    live: LiveKind | None = None
+
+    @property
+    def meaning(self) -> str:
+        """In a few words, for help."""
+        return ", ".join(filter(None, (self.about, " or ".join(self.words))))
+
+
 #: What `show session all filter` and `clear session all filter` understand, in the order of PAN-OS's help.
 FILTER_KEYS: Final = {
-    "application": "ipsec-esp, ipsec-udp, ipsec-esp-udp or ike",
-    "source": "client's address or prefix",
-    "destination": "server's address or prefix",
-    "source-port": "client's port, or SPI in decimal",
-    "destination-port": "server's port, or SPI in decimal",
-    "protocol": "50 or 17",
+    "application": FilterKey(words=("ipsec-esp", "ipsec-udp", "ipsec-esp-udp", "ike")),
+    "source": FilterKey("client's address or prefix"),
+    "destination": FilterKey("server's address or prefix"),
+    "source-port": FilterKey("client's port, or SPI in decimal"),
+    "destination-port": FilterKey("server's port, or SPI in decimal"),
+    "protocol": FilterKey(words=("50", "17")),
+    "from": FilterKey("client's zone", live="zone"),
+    "to": FilterKey("server's zone", live="zone"),
+    "state": FilterKey(words=("active", "discard", "opening", "closing")),
+    "type": FilterKey(words=("flow", "pred")),
+    "rule": FilterKey("name of the rule", live="rule"),
+    "min-age": FilterKey("seconds since it started, at least"),
+    "min-kb": FilterKey("kilobytes of both directions, at least"),
+    "ingress-interface": FilterKey("interface of the client's packets", live="interface"),
+    "egress-interface": FilterKey("interface towards the server", live="interface"),
+}
+
+#: What `sort` understands.
+SORT_KEYS: Final = {
+    "id": "id, the order in which they were opened",
+    "age": "seconds since it started",
+    "idle": "seconds since its last packet",
+    "ttl": "seconds until it ends if no packet comes",
+    "packets": "packets of both directions",
+    "bytes": "bytes of both directions",
+    "packet-rate": "packets a second, of both directions",
+    "bit-rate": "bits a second, of both directions",
+    "source": "client's address",
+    "destination": "server's address",
     "from": "client's zone",
     "to": "server's zone",
-    "state": "active, discard, opening, closing",
-    "type": "flow or pred",
+    "application": "name of the application",
+    "state": "state",
     "rule": "name of the rule",
-    "min-age": "seconds since it started, at least",
-    "min-kb": "kilobytes of both directions, at least",
-    "ingress-interface": "interface of the client's packets",
-    "egress-interface": "interface towards the server",
 }
 
 

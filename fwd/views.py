@@ -51,10 +51,10 @@ class Views:
 
     # --- sessions -------------------------------------------------------------------------------------
 
-    def session(self, session: Session, *, is_detailed: bool = False) -> JSON:
-        """One session; in detail with what PAN-OS has no field for."""
+    def session(self, session: Session, *, is_detailed: bool = False, is_live: bool = False) -> JSON:
+        """One session; in detail with what PAN-OS has no field for; live with its rates and what is wrong with it."""
         now = self._now()
-        is_live = session.state is not State.INIT
+        is_there = session.state is not State.INIT
         view: JSON = {
             "id": session.id,
             "vsys": VSYS,
@@ -63,18 +63,22 @@ class Views:
             "type": session.type,
             "start_time": self._epoch(session.created_at),
             "timeout_s": session.timeout_s,
-            "time_to_live_s": int(self._firewall.ager.time_to_live_s(session, now)) if is_live else None,
+            "time_to_live_s": int(self._firewall.ager.time_to_live_s(session, now)) if is_there else None,
             "c2s": flow(session.c2s, session.s2c),
             "s2c": flow(session.s2c, session.c2s),
             "rule": session.rule.name,
             "log_at_end": session.rule.log_at_end,
-            "in_ager": is_live,
+            "in_ager": is_there,
             "terminated_on_host": session.is_terminated,
             "ingress_interface": session.ingress,
             "egress_interface": session.egress,
             "end_reason": session.end_reason,
             "ipsec": None if session.application is Application.IKE else self._ipsec(session, now),
         }
+        if is_live:
+            view["idle_s"] = session.idle_s(now)
+            view["rates"] = {"c2s": self._rate(session.c2s, now), "s2c": self._rate(session.s2c, now)}
+            view["findings"] = self.findings(session)
         if is_detailed:
             view["linked"] = [
                 {"id": o.id, "application": o.application, "state": o.state, "end_reason": o.end_reason}
@@ -88,6 +92,15 @@ class Views:
                 view["ipsec"]["findings"] = self.findings(session)
         return view
 
+    def in_short(self, session: Session) -> str:
+        """A session in a few words."""
+        ends = " -> ".join(str(ip_address(end.address)) for end in (session.client, session.server))
+        return f"{session.sa.child_name if session.sa else session.application} {ends} {session.state}"
+
+    def _rate(self, one_way: Flow, now: float) -> JSON | None:
+        rate = self._firewall.rate(one_way, now)
+        return rate and {"packets": rate.packets, "bits": rate.octets * 8}
+
     def _ipsec(self, session: Session, now: float) -> JSON:
         sa = session.sa
         gone = removal(self._firewall.directory, session.generations[-1]) if sa else None
@@ -98,6 +111,7 @@ class Views:
             "local_id": sa and sa.local_id,
             "remote_id": sa and sa.remote_id,
             "reqid": sa and sa.reqid,
+            "outbound": ("c2s" if session.is_client_here else "s2c") if sa else None,
             "rekeys": session.rekeys if sa else None,
             "spis_in_kernel": sum(element.place is Place.KERNEL for element in session.elements),
             "nat_t_ports": session.udp_ports,

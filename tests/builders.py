@@ -324,11 +324,8 @@ class Bench:
         allocated = values["session_allocated"]
         gone = values["session_ended"] + values["session_absorbed"] + values["session_not_restored"]
         assert allocated == len(self.firewall.table) + gone
-        if (
-            not values["session_not_restored"]
-            and values["session_ended"] <= self.firewall.settings.keep_ended
-            and self.now < 1000 + 300
-        ):
+        is_all_there = not values["session_not_restored"] and self.now < 1000 + 300
+        if is_all_there and values["session_ended"] <= self.firewall.settings.keep_ended:
             everything = [*self.firewall.table, *self.firewall.table.ended]
             assert values["pkt_session"] == sum(session.packet_count for session in everything)
             assert values["byte_session"] == sum(session.byte_count for session in everything)

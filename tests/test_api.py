@@ -4,7 +4,7 @@ from fwd import api as api_module
 from fwd import rpc
 from fwd.api import EVENTS_KEPT, PAIRS_PER_PAGE, Api
 from fwd.cli import render
-from fwd.core import session_filter
+from fwd.core import session_filter, session_order
 from fwd.core.events import SessionCreated
 from fwd.core.sa import SaDeleted, SaEstablished, SaRekeyed, SaSnapshot, SaSourceAlive, SaSourceLost
 from fwd.rpc import RpcError
@@ -44,6 +44,10 @@ def ids(api, **words):
 
 def test_client_and_core_know_the_same_filter_keys():
     assert list(rpc.FILTER_KEYS) == list(session_filter.KEYS)
+
+
+def test_client_and_core_know_the_same_orders():
+    assert list(rpc.SORT_KEYS) == list(session_order.KEYS)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +138,87 @@ def test_a_page_looks_at_so_many_sessions_and_no_more(api, bench, monkeypatch):
     assert api.dispatch("session.list", {"limit": 4, "after": 1})["next"] is None
 
 
+@pytest.mark.parametrize(
+    ("sort", "found"),
+    [
+        ("id", [1, 2, 3, 4]),
+        ("age", [4, 1, 2, 3]),
+        ("idle", [4, 1, 2, 3]),
+        ("ttl", [3, 4, 1, 2]),
+        ("packets", [1, 2, 3, 4]),
+        ("bytes", [3, 2, 4, 1]),
+        ("packet-rate", [1, 2, 3, 4]),
+        ("bit-rate", [1, 2, 3, 4]),
+        ("source", [4, 1, 2, 3]),
+        ("destination", [1, 2, 3, 4]),
+        ("from", [2, 3, 4, 1]),
+        ("to", [1, 2, 3, 4]),
+        ("application", [3, 2, 4, 1]),
+        ("state", [1, 2, 3, 4]),
+        ("rule", [1, 2, 3, 4]),
+    ],
+)
+def test_every_order(api, bench, sort, found):
+    """Of equals the lower id comes first, either way."""
+    value = session_order.value_of(sort)
+    values = {session.id: value(bench.firewall, session, bench.now) for session in bench.firewall.table}
+    for descending in (False, True):
+        answer = api.dispatch("session.rank", {"sort": sort, "descending": descending})
+        wanted = found if not descending else sorted(sorted(values), key=values.__getitem__, reverse=True)
+        assert [number for _, number in answer["ranked"]] == wanted
+        assert (answer["matched"], answer["next"]) == (4, None)
+
+
+def test_a_ranking_in_pages_gives_what_comes_before_what_is_known(api, bench, monkeypatch):
+    monkeypatch.setattr(api_module, "RANKED_AT_ONCE", 2)
+    largest = {"sort": "bytes", "descending": True, "limit": 1}
+    first = api.dispatch("session.rank", largest)
+    assert (first["ranked"], first["matched"], first["next"]) == ([(2028, 1)], 2, 2)
+    last = api.dispatch("session.rank", {**largest, "after": 2, "beyond": 2028})
+    assert (last["ranked"], last["matched"], last["next"]) == ([], 2, 4)
+    assert api.dispatch("session.rank", {**largest, "after": 4})["next"] is None
+    assert api.dispatch("session.rank", {"filter": {"state": "discard"}, "after": 2})["ranked"] == [(4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"sort": "colour"}, "cannot sort by 'colour': use one of id, age"),
+        ({"sort": "bytes", "beyond": "x"}, "beyond: 'x' is no value of 'bytes'"),
+        ({"sort": "rule", "beyond": 3}, "beyond: 3 is no value of 'rule'"),
+        ({"limit": 0}, "limit"),
+    ],
+)
+def test_rankings_that_cannot_be(api, params, message):
+    with pytest.raises(RpcError) as caught:
+        api.dispatch("session.rank", params)
+    assert caught.value.code == rpc.INVALID_PARAMS and message in caught.value.message
+
+
+def test_sessions_by_their_ids(api):
+    page = api.dispatch("session.list", {"ids": [3, 99, 1, 2], "limit": 3})
+    assert ([session["id"] for session in page["sessions"]], page["next"]) == ([3, 1], 3)
+    page = api.dispatch("session.list", {"ids": [3, 99, 1, 2], "limit": 3, "after": 3, "filter": {"to": "untrust"}})
+    assert ([session["id"] for session in page["sessions"]], page["next"]) == ([2], None)
+
+
+def test_a_live_session_tells_its_rates_and_its_troubles(api, bench):
+    def tunnel():
+        return api.dispatch("session.list", {"ids": [1], "live": True})["sessions"][0]
+
+    assert tunnel()["rates"] == {"c2s": None, "s2c": None} and tunnel()["ipsec"]["outbound"] == "s2c"
+    for seq in (*range(2, 60), *range(200, 242)):
+        bench.wait(0.05)
+        bench.receive(esp(PEER, HERE, 0x1001, seq=seq, size=72))
+    seen = tunnel()
+    assert seen["rates"]["c2s"]["packets"] == pytest.approx(20, rel=0.1)
+    assert seen["rates"]["c2s"]["bits"] == pytest.approx(20 * 100 * 8, rel=0.1)
+    assert seen["rates"]["s2c"] == {"packets": 0, "bits": 0} and seen["idle_s"] < 1
+    assert [finding["trouble"] for finding in seen["findings"]] == ["loss"]
+    fastest = api.dispatch("session.rank", {"sort": "packet-rate", "descending": True, "limit": 1})
+    assert fastest["ranked"][0][1] == 1 and fastest["measured_s"] == pytest.approx(5)
+
+
 def test_a_terminated_session_in_full(api):
     session = api.dispatch("session.get", {"id": 1})
     assert session["c2s"]["sport"] == session["s2c"]["dport"] == 0x2001
@@ -177,6 +262,33 @@ def test_counts_and_tunnels_and_info(api, bench):
     counters = {counter["name"]: counter["value"] for counter in api.dispatch("counter.list", {})["counters"]}
     assert counters["pkt_recv"] == counters["pkt_session"] == 4
     assert api.dispatch("system.info", {}) == {"hostname": "here"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix", "names"),
+    [
+        ("zone", "", ["untrust", "trust", "any"]),
+        ("zone", "un", ["untrust"]),
+        ("rule", "", ["nothing", "default"]),
+        ("interface", "", ["wan", "left", "right"]),
+        ("tunnel", "n", ["net"]),
+        ("session", "", ["1", "2", "3", "4"]),
+        ("session", "4", ["4"]),
+        ("session", "04", []),
+        ("session", "\u0664", []),
+    ],
+)
+def test_values_that_somebody_may_want_to_type(api, kind, prefix, names):
+    values = api.dispatch("complete.values", {"kind": kind, "prefix": prefix})["values"]
+    assert [name for name, _ in values] == names and all(meaning for _, meaning in values)
+
+
+def test_values_offered_are_few_of_many(api, bench):
+    for host in range(1, 250):
+        bench.forward(esp(f"10.9.0.{host}", RIGHT, 1))
+    offered = [int(value) for value, _ in api.dispatch("complete.values", {"kind": "session", "prefix": "2"})["values"]]
+    assert offered == [2, *range(20, 30), *range(200, 239)] and len(offered) == api_module.VALUES_OFFERED
+    assert len(api.dispatch("complete.values", {"kind": "session"})["values"]) == api_module.VALUES_OFFERED
 
 
 def test_long_counts_and_lists_come_in_pages(api, bench, monkeypatch):

@@ -5,20 +5,32 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import socket
 import stat
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..rpc import INTERNAL_ERROR, MAX_ANSWER_BYTES, RpcError
+from ..rpc import INTERNAL_ERROR, MAX_ANSWER_BYTES, LiveKind, RpcError
 
 TIMEOUT_S = 10.0
 #: Sessions in a page: some 8 ms of the daemon's time, in which packets wait.
 _PAGE = 200
 
+#: The same with rates and findings.
+_LIVE_PAGE = 100
+
 #: How often `events` asks for more, in seconds.
 _POLL_S = 0.2
+
+
+class Ranking(NamedTuple):
+    """Ids of sessions in the order asked for, how many match, and for how long rates are being measured, in seconds."""
+
+    ids: list[int]
+    matched: int
+    measured_s: float
 
 
 class NoDaemon(Exception):
@@ -26,19 +38,34 @@ class NoDaemon(Exception):
 
 
 class Client:
-    """One connection to the daemon, opened with the first request."""
+    """One connection to the daemon, opened with the first request, and again if the daemon has hung up since.
 
-    def __init__(self, path: str) -> None:
+    `timeout_s` is how long an answer may take.
+    """
+
+    def __init__(self, path: str, timeout_s: float = TIMEOUT_S) -> None:
         self._path = path
+        self._timeout_s = timeout_s
         self._connection: socket.socket | None = None
         self._buffer = b""
         self._id = 0
 
     def call(self, method: str, **params: Any) -> Any:
         """Ask and wait for the answer. Raises RpcError if the daemon says no, NoDaemon if it does not answer."""
+        try:
+            return self._call(method, params)
+        except RpcError:
+            raise
+        except BaseException:  # Ctrl-C, say: an answer that is still to come must not be taken for the next one
+            self.close()
+            raise
+
+    def _call(self, method: str, params: Mapping[str, Any]) -> Any:
         self._id += 1
         request = {"jsonrpc": "2.0", "id": self._id, "method": method, "params": params}
         try:
+            if self._connection is not None and self._has_hung_up(self._connection):
+                self.close()
             if self._connection is None:
                 self._connection = self._connect()
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a fwd that hangs up says why first
@@ -53,7 +80,7 @@ class Client:
                 raise NoDaemon(f"{self._path} is no socket: name fwd's --socket") from None
             raise NoDaemon(f"fwd has left {self._path} behind: start it again (systemctl start fwd)") from None
         except TimeoutError:
-            raise NoDaemon(f"fwd on {self._path} does not answer within {TIMEOUT_S:g} s: see its log") from None
+            raise NoDaemon(f"fwd on {self._path} does not answer within {self._timeout_s:g} s: see its log") from None
         except OSError as error:
             raise NoDaemon(f"{self._path}: {error.strerror or error}") from None
         except ValueError:
@@ -65,13 +92,78 @@ class Client:
             raise RpcError(refusal.get("code", INTERNAL_ERROR), str(refusal.get("message", "no reason given")))
         return answer["result"]
 
-    def sessions(self, words: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-        """All sessions that match the filter, page by page, in the order of their ids."""
+    def sessions(
+        self, words: Mapping[str, str], sort: str | None = None, *, descending: bool = False, limit: int | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """The sessions that match the filter, page by page, in the order of their ids or of `sort`; the first `limit`.
+
+        What is read and not yet asked for is one page, and with `sort` the ids.
+        """
+        if sort is not None:
+            ids = self.rank(words, sort, descending=descending, limit=limit).ids
+            for begin in range(0, len(ids), _PAGE):
+                yield from self.call("session.list", ids=ids[begin : begin + _PAGE], limit=_PAGE)["sessions"]
+            return
         after: int | None = 0
-        while after is not None:
-            page = self.call("session.list", filter=dict(words), after=after, limit=_PAGE)
+        left = limit
+        while after is not None and left != 0:
+            page = self.call("session.list", filter=dict(words), after=after, limit=min(_PAGE, left or _PAGE))
             yield from page["sessions"]
             after = page["next"]
+            left = None if left is None else left - len(page["sessions"])
+
+    def rank(
+        self, words: Mapping[str, str], sort: str, *, descending: bool = False, limit: int | None = None
+    ) -> Ranking:
+        """Which sessions match the filter, in the order of `sort`; of equal ones the lower id comes first.
+
+        The daemon looks at a bounded number of sessions for each request, and packets have their turn in between.
+        """
+        best: list[tuple[Any, int]] = []
+        matched, after = 0, 0
+        while True:
+            is_enough = limit is not None and len(best) >= limit
+            page = self.call(
+                "session.rank",
+                filter=dict(words),
+                sort=sort,
+                descending=descending,
+                limit=limit,
+                after=after,
+                beyond=best[-1][0] if is_enough else None,
+            )
+            best += page["ranked"]
+            matched += page["matched"]
+            if limit is not None or page["next"] is None:  # without a limit once is enough
+                best = sorted(best, key=lambda pair: pair[0], reverse=descending)[:limit]
+            if page["next"] is None:
+                return Ranking([number for _, number in best], matched, page["measured_s"])
+            after = page["next"]
+
+    def top(
+        self, words: Mapping[str, str], sort: str = "packet-rate", *, descending: bool = True, limit: int = 50
+    ) -> dict[str, Any]:
+        """The first sessions by `sort` (a key of SORT_KEYS), for a display that asks again every second or so.
+
+            {"sessions": [...], "matched": how many match the filter, "measured_s": for how long rates are measured}
+
+        Each session is as in `session.list`, and has `idle_s`, `rates` and `findings`:
+
+            "rates": {"c2s": {"packets": 812.0, "bits": 9.1e6}, "s2c": ...}   a second; a direction is null until known
+            "findings": [{"trouble": "loss", "text": ...}]                    what is wrong: see health.py
+
+        Of a tunnel that ends here, which has one session, `ipsec` tells the rest: `ike_sa`, `child_sa`, `sa_stale_s`,
+        and by `outbound` which direction this host sends, `c2s` or `s2c`. The filter `application ipsec-udp` chooses
+        tunnels. Rates are measured from the first time that somebody asks for them until 30 s after the last; they
+        are known some 2 s later. They are those of the last second; with more than 10,000 SPIs in the kernel of
+        the last few.
+        """
+        ranking = self.rank(words, sort, descending=descending, limit=limit)
+        sessions: list[dict[str, Any]] = []
+        for begin in range(0, len(ranking.ids), _LIVE_PAGE):
+            chosen = ranking.ids[begin : begin + _LIVE_PAGE]
+            sessions += self.call("session.list", ids=chosen, limit=_LIVE_PAGE, live=True)["sessions"]
+        return {"sessions": sessions, "matched": ranking.matched, "measured_s": ranking.measured_s}
 
     def session_count(self, words: Mapping[str, str]) -> dict[str, Any]:
         """How many sessions match the filter."""
@@ -84,6 +176,10 @@ class Client:
     def tunnels(self, name: str | None) -> dict[str, Any]:
         """What `tunnel.detail` says of all tunnels, or of those of that name."""
         return self._whole("tunnel.detail", name=name)
+
+    def values(self, kind: LiveKind, prefix: str) -> list[tuple[str, str]]:
+        """Some of the values of a kind that begin so, each with what it is, for completion."""
+        return [(value, meaning) for value, meaning in self.call("complete.values", kind=kind, prefix=prefix)["values"]]
 
     def _whole(self, method: str, **params: Any) -> dict[str, Any]:
         """An answer whose pages are put together: what they list, and how many they count."""
@@ -111,9 +207,9 @@ class Client:
 
     def _connect(self) -> socket.socket:
         """Connect; while others stand in line before fwd, wait for a place in it."""
-        deadline = time.monotonic() + TIMEOUT_S
+        deadline = time.monotonic() + self._timeout_s
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.settimeout(TIMEOUT_S)
+        connection.settimeout(self._timeout_s)
         while True:
             try:
                 connection.connect(self._path)
@@ -127,11 +223,19 @@ class Client:
                 connection.close()
                 raise
 
+    @staticmethod
+    def _has_hung_up(connection: socket.socket) -> bool:
+        """Whether there is something to read although nothing was asked: the end, if the daemon is another one now."""
+        poll = select.poll()
+        poll.register(connection, select.POLLIN)
+        return bool(poll.poll(0))
+
     def close(self) -> None:
-        """Hang up."""
+        """Hang up; the next request connects again."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+        self._buffer = b""
 
     def _line(self) -> bytes:
         assert self._connection is not None

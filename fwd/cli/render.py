@@ -6,12 +6,12 @@ import io
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..times import time_of_day as clock
+
+if TYPE_CHECKING:  # only who prints a table waits until rich is loaded
+    from rich.table import Table
 
 _RULE = "-" * 80
 
@@ -302,9 +302,15 @@ def _oddities(number: int, numbers: Mapping[str, Any], width: int) -> list[str]:
     return textwrap.wrap(f"SPI {spi_hex(number)}: {', '.join(found)}", width) if found else []
 
 
+def _without_titles(gap: int) -> Table:
+    from rich.table import Table
+
+    return Table(box=None, padding=(0, gap, 0, 0), header_style="")
+
+
 def _table(*titles: str, gap: int = 2) -> Table:
     """A plain table, `gap` spaces between its columns; a title behind `>` stands to the right."""
-    table = Table(box=None, padding=(0, gap, 0, 0), header_style="")
+    table = _without_titles(gap)
     for title in titles:
         table.add_column(title.lstrip(">"), justify="right" if title.startswith(">") else "left", no_wrap=True)
     return table
@@ -312,6 +318,8 @@ def _table(*titles: str, gap: int = 2) -> Table:
 
 def _lines(table: Table, width: int = 400, title_lines: int = 1) -> list[str]:
     """A table as text, its title between rules as long as its longest line."""
+    from rich.console import Console
+
     page = Console(file=io.StringIO(), width=width, highlight=False, markup=False, emoji=False)
     with page.capture() as capture:
         page.print(table)
@@ -425,7 +433,7 @@ def tunnels(answer: Mapping[str, Any], width: int) -> str:
 
 def _tunnel_table(tunnels: Iterable[Mapping[str, Any]], name: Callable[[int], str]) -> Table:
     """A table of SAs, two lines each; names and addresses are folded where they find no room."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
+    table = _without_titles(2)
     for titles in (("IKE_SA", "CHILD_SA"), ("Local", "Remote")):
         table.add_column("\n".join(titles), overflow="fold", min_width=max(map(len, titles)))
     for title in ("SPI in\nSPI out", "Session", "Age", "SA"):

@@ -99,6 +99,9 @@ class FastPath:
         #: All elements, the one whose counts were read longest ago first; some that are gone are among them.
         self._rounds: deque[Element] = deque()
         self._left_in_round = 0
+        self._round_began_at: float | None = None
+        #: How long it took of late until all counts had been read once, in seconds.
+        self.round_s = SWEEP_INTERVAL_S
         self._next_round_at = 0.0
         self._next_slice_at = 0.0
         #: What a packet asks for: the element of a key, or None.
@@ -294,6 +297,9 @@ class FastPath:
         if not self._left_in_round and now >= self._next_round_at:
             self._left_in_round = len(self._rounds)
             self._next_round_at = now + SWEEP_INTERVAL_S
+            if self._round_began_at is not None:
+                self.round_s = max(SWEEP_INTERVAL_S, now - self._round_began_at)
+            self._round_began_at = now
         own = []
         for _ in range(min(SWEEP_SLICE, self._left_in_round)):
             self._left_in_round -= 1

@@ -76,6 +76,7 @@ from .limits import HALF_OPEN, LimitReached, Limits
 from .packet import Kind, Packet, PacketError, packet_of, parse, peek
 from .pairing import SpiSessions, proven_pairs
 from .policy import Action, Rule, Verdict
+from .rates import Rate, Rates
 from .sa import (
     ChildSa,
     KnownSa,
@@ -164,6 +165,7 @@ class Firewall:
         # One element each way is what most sessions need.
         self.fast_path = FastPath(2 * settings.max_sessions, self._credit, self._note)
         self._element = self.fast_path.lookup
+        self.rates = Rates()
         self.started_at = now
         self._tunnels = Tunnels()
         #: What is still to be learned of the last thing that the IKE daemon said.
@@ -440,6 +442,7 @@ class Firewall:
         factor = self.settings.ageing_factor if is_pressed else 1
         if factor != self.ager.factor:
             self.ager.set_factor(factor, now)
+        self.rates.rest(now)
 
     def _look_no_more(self, now: float) -> None:
         """In a flood, a packet that comes here to be looked at may be lost, and all after it until one is not."""
@@ -809,6 +812,10 @@ class Firewall:
             self._look_at(watched, now)
         return [finding for watched in sessions for finding in self._health.found(watched)]
 
+    def rate(self, flow: Flow, now: float) -> Rate | None:
+        """How fast a flow is; None if that is not measured, or has been for too short a time."""
+        return self.rates.of(flow, self.fast_path.round_s, now)
+
     @property
     def tunnels(self) -> Collection[Session]:
         """The live sessions of tunnels that end here, one for each."""
@@ -879,6 +886,7 @@ class Firewall:
         for name, amount in (("pkt_recv", packets), ("pkt_session", packets), ("byte_session", octets)):
             self.counters.add(name, amount)
         self.totals.count(flow, packets, octets)
+        self.rates.note(flow, element.seen_at)
         self._prolong(flow.session, element.seen_at)
 
     def _prolong(self, session: Session, seen_at: float) -> None:

@@ -22,6 +22,7 @@ from .constants import (
 )
 from .packet import Kind, Packet, packet_of
 from .policy import Rule, Verdict
+from .rates import Pace
 from .sa import ChildSa, SaEnd, SpiKey
 from .sequence import Sequence
 from .state import EndReason, State, Trigger, next_state
@@ -172,6 +173,7 @@ class Flow:
     byte_count: int = 0
     fragment_count: int = 0
     uses: tuple[SpiUse, ...] = ()
+    pace: Pace | None = field(default=None, repr=False)
     session: Session = field(init=False, repr=False)
 
     @property
@@ -208,6 +210,7 @@ class Flow:
 
     def absorb(self, other: Flow) -> None:
         """Take over what another flow counted; the other one is to be thrown away."""
+        self.pace = None
         self.packet_count += other.packet_count
         self.byte_count += other.byte_count
         self.fragment_count += other.fragment_count
@@ -419,6 +422,10 @@ class Session:
     def byte_count(self) -> int:
         """Bytes of both flows."""
         return self.c2s.byte_count + self.s2c.byte_count
+
+    def idle_s(self, now: float) -> float:
+        """Seconds since its last packet, or since it was opened if there was none."""
+        return now - max(self.last_seen_at, self.created_at)
 
     def move(self, trigger: Trigger) -> None:
         """Go to the next state. Raises IllegalTransition and changes nothing if the table has none."""

@@ -1,6 +1,5 @@
 """fwctl as a program, against a real control socket in front of a real core."""
 
-import asyncio
 import contextlib
 import json
 import os
@@ -8,41 +7,17 @@ import socket
 import subprocess
 import sys
 import threading
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 
-from fwd.api import Api
+from fwd import api
 from fwd.cli import client
-from fwd.edge.clients import Access
-from fwd.edge.control import ControlServer
 from fwd.rpc import RpcError
-from tests.builders import LEFT, RIGHT, Bench, esp
+from tests.builders import LEFT
 
 FWCTL = Path(sys.executable).parent / "fwctl"
-
-
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory):
-    """A control socket in a thread of its own; 1,100 sessions, so that six pages are needed."""
-    path = tmp_path_factory.mktemp("run") / "control.sock"
-    bench = Bench()
-    bench.forward(esp(LEFT, RIGHT, 7))
-    for host in range(1, 1100):
-        bench.forward(esp(f"10.{host // 250}.0.{host % 250}", RIGHT, 7))
-    api = Api(
-        bench.firewall, lambda: bench.now, "/nowhere", lambda: {"hostname": "test"}, lambda: None, lambda _: None, dict
-    )
-    loop = asyncio.new_event_loop()
-    server = ControlServer(path, api.dispatch, api.rights, Access([], []))
-    loop.run_until_complete(server.start())
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    yield path
-    asyncio.run_coroutine_threadsafe(server.stop(), loop).result(5)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(5)
-    loop.close()
 
 
 def fwctl(*words, path="/nonexistent"):
@@ -54,6 +29,27 @@ def test_pages_are_put_together(daemon):
     done = fwctl("show", "session", "all", path=daemon)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 4 + 2 * 1100
     assert len(json.loads(fwctl("show", "session", "all", "--json", path=daemon).stdout)["sessions"]) == 1100
+
+
+def test_an_order_over_many_pages(daemon):
+    asked = client.Client(str(daemon))
+    by_source = [(view["c2s"]["source"], view["id"]) for view in asked.sessions({})]
+    by_source.sort(key=lambda pair: (ip_address(pair[0]), pair[1]))
+    assert [(view["c2s"]["source"], view["id"]) for view in asked.sessions({}, "source")] == by_source
+    last = [view["id"] for view in asked.sessions({}, "id", descending=True, limit=250)]
+    assert last == list(range(1100, 850, -1))
+    assert [view["id"] for view in asked.sessions({"source": "10.1.0.0/16"}, limit=3)] == [251, 252, 253]
+    asked.close()
+
+
+def test_the_top_of_all_sessions(daemon, monkeypatch):
+    monkeypatch.setattr(api, "RANKED_AT_ONCE", 100)
+    asked = client.Client(str(daemon))
+    top = asked.top({"source": "10.0.0.0/8"}, "source", limit=120)
+    assert top["matched"] == 1099 and len(top["sessions"]) == 120
+    assert top["sessions"][0]["c2s"]["source"] == "10.4.0.99"
+    assert top["sessions"][0]["findings"] == [] and "rates" in top["sessions"][0]
+    asked.close()
 
 
 def test_json_stands_before_or_after_the_words(daemon):
@@ -102,7 +98,7 @@ def test_filters(daemon):
         ("show session all where state x", 2, "found 'where', want 'filter KEY VALUE ...'"),
         ("show session all filter count maybe", 2, "want yes or no"),
         ("show session all filter source 1.2.3", 2, "filter source: '1.2.3' will not do"),
-        ("clear session all filter count yes", 2, "nothing was cleared"),
+        ("clear session all filter count yes", 2, "no filter key 'count'"),
         ("show session id zero", 2, "found 'zero', want a number from 1 to 2147483647"),
         ("show session id -1", 2, "found '-1', want a number from 1 to 2147483647"),
         ("show session id 1_0", 2, "found '1_0', want a number"),
@@ -113,7 +109,7 @@ def test_filters(daemon):
         ("explain packet --src 1.1.1.1 --dst 1.1.1.2 --spi 0", 2, "found '0', want a number from 1 to 4294967295"),
         ("explain packet --src 1.1.1.1 --dst 1.1.1.2 --spi 0x1_0", 2, "found '0x1_0', want a number from 1"),
         ("explain packet --src 1.1.1.1 --dst 1.1.1.2 --spi 1 --ports 1 70000", 2, "found '70000', want"),
-        ("monitor filter count yes", 2, "count is for 'show session all'"),
+        ("monitor filter count yes", 2, "no filter key 'count'"),
         ("--sokcet /x show tunnel", 2, "No such option"),
         ("show sesion all", 2, "No such command 'sesion'"),
     ],

@@ -46,6 +46,10 @@ class LoggedBench(Bench):
                 self.saved[key] = row
         self.durable = dict(self.saved)
 
+    def save(self) -> None:
+        super().save()
+        self.durable = dict(self.saved)
+
     def tell(self) -> None:
         """What the daemon does after each turn."""
         while self.firewall.next_event() is not None:

@@ -1,0 +1,251 @@
+"""The traffic log on disk: entries in SQLite, written by a thread of its own, so that no packet waits for a disk.
+
+What was committed survives any death of the process. What cannot be written, on a full disk say, is tried again until
+it can, and waits with the core meanwhile. An entry that comes twice, because fwd was killed before it heard that the
+first one was written, is known by its number and stays one. A file that is damaged is set aside, and a new one begun.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from ..core.traffic_log import LogRecord
+from ..log_entry import COLUMNS, Entry, entry_of
+from .folders import strangers_on_the_way
+
+log = logging.getLogger(__name__)
+
+_APPLICATION = 0x6677646C  # "fwdl" (SQLite's file header, application_id)
+_LAYOUT = 1
+_PREPARE = """
+PRAGMA auto_vacuum = INCREMENTAL;
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = NORMAL;
+"""
+_CREATE = f"""
+BEGIN;
+CREATE TABLE traffic ({", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())});
+CREATE INDEX by_time ON traffic (time);
+CREATE TABLE export (name TEXT PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID;
+PRAGMA application_id = {_APPLICATION};
+PRAGMA user_version = {_LAYOUT};
+COMMIT;
+"""
+_INSERT = f"INSERT OR IGNORE INTO traffic VALUES ({', '.join(f':{name}' for name in COLUMNS)})"
+_COMPANIONS = ("", "-wal", "-shm", "-journal")
+
+#: After a failure the next try comes so much later, and the log is looked at for what is too old so often, in seconds.
+RETRY_S = 2.0
+ROTATE_S = 60.0
+#: Entries that make room in one transaction, and the pages that are then given back to the file system.
+_ROTATE_SLICE = 1000
+_VACUUM_PAGES = 512
+#: How long to wait for another one who writes to the file, in seconds.
+_BUSY_S = 5.0
+
+
+class LogError(Exception):
+    """The log cannot be used; the message says why and what to do."""
+
+
+class TrafficLog:
+    """The log under `path`, at most `max_bytes` large and `max_age_s` long (seconds).
+
+    From its own thread it calls `written(number)` when all entries up to one are there for good, `failed()` when they
+    could not be written, and `rotated(count)` when so many made room.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        max_bytes: int,
+        max_age_s: float,
+        written: Callable[[int], None],
+        failed: Callable[[], None],
+        rotated: Callable[[int], None],
+    ) -> None:
+        self._path = path
+        self._max_bytes = max_bytes
+        self._max_age_s = max_age_s
+        self._written = written
+        self._failed = failed
+        self._rotated = rotated
+        self._batches: queue.SimpleQueue[tuple[Sequence[LogRecord], float] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="traffic-log", daemon=True)
+        self._leaving = threading.Event()
+        self._news = threading.Condition()
+        self._news_count = 0
+        #: Why it cannot be written at the moment; None: it can.
+        self.trouble: str | None = None
+
+    def start(self) -> None:
+        """Begin to write."""
+        self._thread.start()
+
+    def write(self, records: Sequence[LogRecord], epoch: float) -> None:
+        """Write these soon; `epoch` is when the monotonic clock stood at 0, in seconds since the epoch."""
+        self._batches.put((records, epoch))
+
+    def stop(self, within_s: float) -> None:
+        """Write what there is, if it takes no longer than that."""
+        self._batches.put(None)
+        self._thread.join(within_s)
+        self._leaving.set()
+        with self._news:
+            self._news.notify_all()
+
+    def wait_for_news(self, known: int, timeout_s: float) -> int:
+        """For readers in other threads: until more is written than at a former answer; gives what to ask with next."""
+        with self._news:
+            self._news.wait_for(lambda: self._news_count != known or self._leaving.is_set(), timeout_s)
+            return self._news_count
+
+    # --- its own thread -----------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        database: sqlite3.Connection | None = None
+        waiting: list[Entry] = []
+        rotate_at = 0.0
+        is_last = False
+        while not self._leaving.is_set() and not (is_last and not waiting):
+            if not waiting:
+                is_last = not self._collect(waiting, max(0.0, rotate_at - time.monotonic())) or is_last
+            try:
+                if database is None:
+                    database = open_log(self._path)
+                if waiting:
+                    with transaction(database):
+                        database.executemany(_INSERT, waiting)
+                    self._written(waiting[-1]["number"])
+                    waiting.clear()
+                    with self._news:
+                        self._news_count += 1
+                        self._news.notify_all()
+                if time.monotonic() >= rotate_at:
+                    is_done = self._rotate(database)
+                    rotate_at = time.monotonic() + (ROTATE_S if is_done else 0.0)
+                self._note_trouble(None)
+            except (OSError, sqlite3.Error, LogError) as error:
+                if database is not None:
+                    database.close()
+                    database = None
+                self._note_trouble(str(error))
+                self._failed()
+                if is_last:  # nobody waits any longer: the state file has what was not written
+                    return
+                self._leaving.wait(RETRY_S)
+        if database is not None:
+            database.close()
+
+    def _collect(self, waiting: list[Entry], timeout_s: float) -> bool:
+        """Wait for what there is to write, so long at most; False: there will be nothing more."""
+        with contextlib.suppress(queue.Empty):
+            batch = self._batches.get(timeout=timeout_s)
+            while batch is not None:
+                records, epoch = batch
+                waiting += [entry_of(record, epoch) for record in records]
+                batch = self._batches.get_nowait()
+            return False
+        return True
+
+    def _note_trouble(self, trouble: str | None) -> None:
+        if trouble is not None and self.trouble is None:
+            log.error("the traffic log waits, and is tried again every %g s: %s: %s", RETRY_S, self._path, trouble)
+        elif trouble is None and self.trouble is not None:
+            log.info("the traffic log is written again")
+        self.trouble = trouble
+
+    def _rotate(self, database: sqlite3.Connection) -> bool:
+        """Let the oldest entries go, some of them, if there are too many or they are too old; whether that is all."""
+        (((oldest,),), ((page_size,),), ((pages,),), ((free,),)) = (
+            database.execute(question).fetchall()
+            for question in (
+                "SELECT coalesce(min(time), 9e18) FROM traffic",
+                "PRAGMA page_size",
+                "PRAGMA page_count",
+                "PRAGMA freelist_count",
+            )
+        )
+        before = time.time() - self._max_age_s
+        if (pages - free) * page_size > self._max_bytes:
+            condition = "1"
+        elif oldest < before:
+            condition = f"time < {before!r}"
+        else:
+            return True
+        with transaction(database):
+            gone = database.execute(
+                f"DELETE FROM traffic WHERE number IN"
+                f" (SELECT number FROM traffic WHERE {condition} ORDER BY number LIMIT {_ROTATE_SLICE})"
+            ).rowcount
+        database.execute(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})").fetchall()
+        self._rotated(gone)
+        return gone == 0
+
+
+def open_log(path: Path, *, is_reader: bool = False) -> sqlite3.Connection:
+    """The log, as a database; one that is not there is made, unless it is to be read only.
+
+    Raises LogError, OSError or sqlite3.Error.
+    """
+    if is_reader:
+        database = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=_BUSY_S)
+        database.row_factory = sqlite3.Row
+        return database
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    if whose := strangers_on_the_way(path.parent):
+        raise LogError(f"{whose}, who could put another file there: [traffic-log] file chooses another")
+    try:
+        return _open(path)
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError):
+            raise
+        aside = path.with_name(f"{path.name}.set-aside-{time.strftime('%Y%m%d-%H%M%S')}")
+        log.error("%s is damaged (%s): it is kept as %s, and the log begins anew", path, error, aside)
+        for companion in _COMPANIONS:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(f"{path}{companion}", f"{aside}{companion}")
+        return _open(path)
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    # SQLite would make it with everybody's rights; its companions get the file's own.
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+    database = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_S)
+    try:
+        ((application,),) = database.execute("PRAGMA application_id").fetchall()
+        ((tables,),) = database.execute("SELECT count(*) FROM sqlite_master").fetchall()
+        if not tables:  # new, or a former one got no further
+            database.executescript(_PREPARE)
+            database.executescript(_CREATE)
+        elif application != _APPLICATION:
+            raise LogError("this is another program's database: [traffic-log] file chooses another")
+        ((layout,),) = database.execute("PRAGMA user_version").fetchall()
+        if layout != _LAYOUT:
+            raise LogError(f"another version of fwd wrote it (layout {layout}): move it away")
+        database.executescript("PRAGMA synchronous = NORMAL;")
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+@contextlib.contextmanager
+def transaction(database: sqlite3.Connection) -> Iterator[None]:
+    """All that is done meanwhile, or nothing of it. Raises sqlite3.Error."""
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        database.execute("COMMIT")
+    except BaseException:
+        with contextlib.suppress(sqlite3.Error):
+            database.execute("ROLLBACK")
+        raise
