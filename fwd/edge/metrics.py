@@ -13,6 +13,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Generator, Iterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Generic, TypeAlias, TypeVar
 
@@ -177,7 +178,8 @@ async def _send(
     headers = [("Content-Type", kind), ("Content-Length", str(len(body))), ("Connection", "close")]
     if status == 405:
         headers.append(("Allow", "GET, HEAD"))
-    octets = http.send(h11.Response(status_code=status, headers=headers)) or b""
+    reason = HTTPStatus(status).phrase
+    octets = http.send(h11.Response(status_code=status, reason=reason, headers=headers)) or b""
     if request is None or request.method != b"HEAD":
         octets += http.send(h11.Data(data=body)) or b""
     async with asyncio.timeout(READ_S):
