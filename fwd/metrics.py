@@ -33,9 +33,9 @@ from .core.session import Application, SessionType
 from .core.state import State
 from .core.totals import OTHERS, OneWay, TunnelName, Zones
 
-#: Sessions, and tunnels, that one step looks at, at most: some 1 to 2 ms, in which packets wait.
-SESSIONS_PER_STEP = 4096
-TUNNELS_PER_STEP = 512
+#: Sessions, and tunnels, that one step looks at, at most: some 1 ms, in which packets wait.
+SESSIONS_PER_STEP = 1024
+TUNNELS_PER_STEP = 256
 
 #: The states that a session in the table can be in.
 _STATES: Final = (State.OPENING, State.ACTIVE, State.DISCARD, State.CLOSING)

@@ -144,9 +144,11 @@ class Listener:
         await asyncio.gather(*self._clients, *filter(None, [self._accepting]), return_exceptions=True)
 
     def close(self) -> None:
-        """The same; clients are hung up on with the loop's next turn."""
+        """The same; clients are hung up on in the loop's next turn."""
         for task in (*self._clients, *filter(None, [self._accepting])):
             task.cancel()
+        # Now, not with the task's end in the next turn: by then the descriptor may be another socket's.
+        asyncio.get_running_loop().remove_reader(self._socket)
         self._socket.close()
         if self._path is not None:
             with contextlib.suppress(FileNotFoundError):
