@@ -109,9 +109,9 @@ COUNTERS: Final[tuple[Counter, ...]] = (
     Counter("log_write_failed", "warn", "log", "traffic", "Times the traffic log could not be written: a full disk?"),
     Counter("log_lost", "warn", "log", "traffic", "Records lost: too many waited for the traffic log to be writable"),
     Counter("log_rotated", "info", "log", "traffic", "Records that the traffic log had no more room or time for"),
-    Counter("syslog_sent", "info", "log", "syslog", "Records sent to the syslog server"),
-    Counter("syslog_failed", "warn", "log", "syslog", "Times the syslog server could not be reached"),
-    Counter("syslog_skipped", "warn", "log", "syslog", "Records that left the traffic log before they could be sent"),
+    Counter("log_sent", "info", "log", "export", "Records sent on, to syslog or the journal"),
+    Counter("log_send_failed", "warn", "log", "export", "Times syslog or the journal could not be reached"),
+    Counter("log_not_sent", "warn", "log", "export", "Records that made room before they could be sent on"),
     Counter("control_request", "info", "mgmt", "control", "Requests on the control socket"),
     Counter("control_refused", "warn", "mgmt", "control", "Requests and clients refused on the control socket"),
 )
