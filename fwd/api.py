@@ -19,10 +19,11 @@ from .config import explain
 from .core.counters import COUNTERS
 from .core.events import ABOUT_NO_SESSION, Event, Moment, as_it_was, moment_of
 from .core.explain import Group, explain_packet, explain_session
+from .core.filter_value import FilterError
 from .core.firewall import Firewall
 from .core.limits import BY_PEERS, BY_SOURCE, HALF_OPEN
 from .core.session import Application, Session, SessionType
-from .core.session_filter import FilterError, Predicate, build_filter
+from .core.session_filter import Predicate, build_filter
 from .core.session_order import RATES, OrderError, value_of
 from .core.state import State
 from .rpc import INVALID_PARAMS, METHOD_NOT_FOUND, NO_SUCH_SESSION, LiveKind, RpcError

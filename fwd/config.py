@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import os
 import re
+import ssl
 import stat
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -294,6 +295,13 @@ class Syslog(Section):
     def endpoint(self) -> tuple[str, str, int] | None:
         """Transport, address and port of the server; None: there is none."""
         return _endpoint(self.server, ("udp", "tcp", "tls")) if self.server else None
+
+    def tls_context(self) -> ssl.SSLContext:
+        """What a TLS connection to the server is made with. Raises OSError if a file will not do."""
+        context = ssl.create_default_context(cafile=self.tls_ca or None)
+        if self.tls_certificate:
+            context.load_cert_chain(self.tls_certificate, self.tls_key or None)
+        return context
 
 
 class Log(Section):

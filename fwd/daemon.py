@@ -18,7 +18,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 import click
@@ -46,11 +46,13 @@ from .edge.clients import Access, ListenError
 from .edge.control import ControlServer
 from .edge.interfaces import InterfaceError, InterfaceWatcher
 from .edge.kernel_path import KernelPath
+from .edge.log_export import Journal, LogExport, Receiver, SyslogServer
 from .edge.metrics import MetricsServer
 from .edge.nfqueue import PacketQueue, QueueError
 from .edge.queue_stats import UNREADABLE, is_readable, kernel_queue_stats
 from .edge.ruleset import Backend, Ruleset, RulesetError
 from .edge.state_file import StateError, StateFile
+from .edge.traffic_log import TrafficLog
 from .edge.vici import ViciListener
 from .metrics import Figures, HostFigures, Metrics, expose
 from .rpc import CONFIGURATION_REFUSED, RpcError
@@ -84,6 +86,9 @@ UNDECIDED_TRIES = 20
 
 #: After the state file could not be written, the next try comes so much later, in seconds.
 SAVE_RETRY_S = 5.0
+
+#: How long a stop waits for the disk and the syslog server to take the last records of the traffic log, in seconds.
+LOG_STOP_S = 2.0
 
 #: How often fwd looks whether its rules are still there, in seconds.
 GUARD_INTERVAL_S = 2.0
@@ -125,6 +130,8 @@ class Daemon:
         self._state = StateFile(Path(config.state.file), records.LAYOUT) if config.state.file else None
         self._state_in_words = "none by configuration"
         self._no_save_before = 0.0
+        self._log: TrafficLog | None = None
+        self._log_exports: list[LogExport] = []
         self._shown: tuple[Session, ...] = ()
         self._counted_before = dict.fromkeys(_EDGE_COUNTERS, 0)
         self._interfaces = InterfaceWatcher(self._interface_event)
@@ -175,6 +182,7 @@ class Daemon:
             if self._stop.is_set():
                 return 0
             stack.callback(self._leave)
+            self._start_log()
             log.info("rules installed: %s", self._ruleset.install())
             self._take_over()
             self._loop.add_reader(fd, self._packets)
@@ -250,11 +258,12 @@ class Daemon:
             undecided = self._undecided_before()
             found = self._kernel.find_all() if self._ruleset.kept_maps else []
         self._firewall.keeps_records = self._state is not None
+        first_log_number = int(time.time() * 1e6)  # more than any that a former state numbered
         try:
-            orphans = self._firewall.restore(rows, found, undecided, time.monotonic())
+            orphans = self._firewall.restore(rows, found, undecided, time.monotonic(), first_log_number)
         except records.RecordError as error:
             self._begin_state_anew(f"it is damaged: {error}")
-            orphans = self._firewall.restore({}, found, undecided, time.monotonic())
+            orphans = self._firewall.restore({}, found, undecided, time.monotonic(), first_log_number)
         except Exception:
             log.exception("what a former fwd left met a defect of this one")
             self._begin_state_anew("it met a defect of fwd")
@@ -322,6 +331,72 @@ class Daemon:
             self._firewall.counters.add("state_not_saved")
             self._no_save_before = now + SAVE_RETRY_S
             self._firewall.save_all(self._no_save_before)
+
+    def _start_log(self) -> None:
+        """Let the traffic log, and what sends it on, begin to work in their own threads."""
+        config, counters, syslog = self._config.traffic_log, self._firewall.counters, self._config.syslog
+        if not config.file:
+            return
+        path = Path(config.file)
+        receivers: dict[str, Receiver] = {}
+        if syslog.endpoint is not None:
+            receivers["syslog"] = SyslogServer(
+                syslog.endpoint,
+                socket.gethostname(),
+                syslog.facility,
+                is_ietf=syslog.format == "ietf",
+                tls=syslog.tls_context,
+                tls_name=syslog.tls_name,
+            )
+        if config.journal:
+            receivers["journal"] = Journal()
+
+        def rotated(count: int, unsent: int) -> None:
+            counters.add("log_rotated", count)
+            counters.add("log_not_sent", unsent)
+
+        failed, sent = self._in_loop(counters.add), self._in_loop(counters.add)
+        self._log = TrafficLog(
+            path,
+            config.max_size << 20,
+            config.max_age * 86400,
+            [*receivers],
+            self._in_loop(self._logged),
+            lambda: failed("log_write_failed"),
+            self._in_loop(rotated),
+        )
+        self._log_exports = [
+            LogExport(
+                name,
+                self._log,
+                path,
+                receiver,
+                lambda count: sent("log_sent", count),
+                lambda: failed("log_send_failed"),
+            )
+            for name, receiver in receivers.items()
+        ]
+        self._firewall.keeps_log = True
+        self._log.start()
+        for export in self._log_exports:
+            export.start()
+
+    def _in_loop(self, work: Callable[..., None]) -> Callable[..., None]:
+        """What another thread may call to have that done here."""
+
+        def soon(*arguments: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed already
+                self._loop.call_soon_threadsafe(work, *arguments)
+
+        return soon
+
+    def _logged(self, number: int) -> None:
+        self._firewall.note_logged(number)
+        self._after_turn()
+
+    def _hand_out_log(self) -> None:
+        while self._log is not None and (records := self._firewall.take_log()):
+            self._log.write(records, time.time() - time.monotonic())
 
     def _packets(self) -> None:
         self._queue.turn(PACKETS_PER_TURN)
@@ -392,6 +467,7 @@ class Daemon:
             while (event := self._firewall.next_event()) is not None:
                 self._api.note_event(event)
                 _log_event(event)
+            self._hand_out_log()
         finally:
             deadline = max(self._firewall.next_deadline(), self._no_timer_before)
             if self._timer is None or deadline < self._timer.when():
@@ -491,13 +567,28 @@ class Daemon:
         deadline = time.monotonic() + DRAIN_S
         while self._queue.turn(PACKETS_PER_TURN) and time.monotonic() < deadline:
             self._serve_kernel()
-        self._serve_kernel()
+        self._after_turn()
         self._firewall.credit_all()
-        while self._state is not None and self._firewall.has_changes and time.monotonic() >= self._no_save_before:
-            self._save()
+        self._save_all()
+        self._leave_log()
         self._close_kernel()
         if self._state is not None:
             self._state.close()
+
+    def _save_all(self) -> None:
+        while self._state is not None and self._firewall.has_changes and time.monotonic() >= self._no_save_before:
+            self._save()
+
+    def _leave_log(self) -> None:
+        """Let the last records be written; what cannot be is in the state file, and a successor writes it."""
+        if self._log is None:
+            return
+        self._hand_out_log()
+        self._log.stop(LOG_STOP_S)
+        self._firewall.note_logged(self._log.written_number)
+        self._save_all()
+        for export in self._log_exports:
+            export.stop(LOG_STOP_S)
 
     def _close_kernel(self) -> None:
         if self._kernel is not None:
@@ -539,6 +630,14 @@ class Daemon:
             return "off by configuration"
         return f"{path.in_kernel} SPIs in the kernel, room for {path.capacity}"
 
+    def _log_in_words(self) -> str:
+        if self._log is None:
+            return "none by configuration"
+        trouble = f", cannot be written: {self._log.trouble}" if self._log.trouble else ""
+        for export in self._log_exports:
+            trouble += f"; {export.name} " + (f"cannot be reached: {export.trouble}" if export.trouble else "gets it")
+        return f"{self._config.traffic_log.file}, {self._firewall.traffic_log.waiting} records wait{trouble}"
+
     def _host(self) -> Mapping[str, object]:
         directory, plane = self._firewall.directory, self._config.dataplane
         stats = kernel_queue_stats(plane.queue)
@@ -556,6 +655,7 @@ class Daemon:
             "queue-rules": self._ruleset.description,
             "fast-path": self._fast_path_in_words(),
             "state-file": self._state_in_words,
+            "traffic-log": self._log_in_words(),
             "metrics": self._metrics_in_words,
             "without-fwd": "packets pass (fail-open)" if plane.fail == "open" else "packets are dropped (fail-closed)",
             "strongswan": "connected" if directory.is_fresh else f"away: {directory.lost_reason}",

@@ -30,12 +30,15 @@ LiveKind = Literal["session", "zone", "rule", "interface", "tunnel"]
 class FilterKey(NamedTuple):
     """What stands after a filter key: what it means, and which values there are.
 
-    `words` is a closed set; `live` names what the daemon knows the values of (a LiveKind).
+    `words` is a closed set; `live` names what the daemon knows the values of (a LiveKind). `is_list`: there may be
+    several, with commas between. `has_not`: `not` may stand before them.
     """
 
     about: str = ""
     words: tuple[str, ...] = ()
     live: LiveKind | None = None
+    is_list: bool = True
+    has_not: bool = True
 
     @property
     def meaning(self) -> str:
@@ -43,23 +46,27 @@ class FilterKey(NamedTuple):
         return ", ".join(filter(None, (self.about, " or ".join(self.words))))
 
 
-#: What `show session all filter` and `clear session all filter` understand, in the order of PAN-OS's help.
+#: What `show session all filter` and `clear session all filter` understand, in the order of PAN-OS's help; the last
+#: three are ours. Numbers are in decimal or, behind 0x, in hex.
 FILTER_KEYS: Final = {
     "application": FilterKey(words=("ipsec-esp", "ipsec-udp", "ipsec-esp-udp", "ike")),
     "source": FilterKey("client's address or prefix"),
     "destination": FilterKey("server's address or prefix"),
-    "source-port": FilterKey("client's port, or SPI in decimal"),
-    "destination-port": FilterKey("server's port, or SPI in decimal"),
+    "source-port": FilterKey("client's port, or SPI"),
+    "destination-port": FilterKey("server's port, or SPI"),
     "protocol": FilterKey(words=("50", "17")),
     "from": FilterKey("client's zone", live="zone"),
     "to": FilterKey("server's zone", live="zone"),
     "state": FilterKey(words=("active", "discard", "opening", "closing")),
     "type": FilterKey(words=("flow", "pred")),
     "rule": FilterKey("name of the rule", live="rule"),
-    "min-age": FilterKey("seconds since it started, at least"),
-    "min-kb": FilterKey("kilobytes of both directions, at least"),
+    "min-age": FilterKey("seconds since it started, at least", is_list=False),
+    "min-kb": FilterKey("kilobytes of both directions, at least", is_list=False),
     "ingress-interface": FilterKey("interface of the client's packets", live="interface"),
     "egress-interface": FilterKey("interface towards the server", live="interface"),
+    "spi": FilterKey("SPI of either direction, those before a rekey included"),
+    "tunnel": FilterKey("name of the CHILD_SA or of the IKE_SA", live="tunnel"),
+    "ike-id": FilterKey("identity of either IKE peer", is_list=False),
 }
 
 #: What `sort` understands.

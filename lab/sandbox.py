@@ -1,7 +1,7 @@
 """Where a lab lives: a process tree in pid, mount and network namespaces of its own.
 
 Its first process holds all of it. When that one dies, by whatever signal, the kernel ends every process of the
-tree, and with the last of them go the network namespaces, the mounts and the tmpfs on /run with all files.
+tree, and with the last of them go the network namespaces, the mounts and the tmpfs on /run and /var/log with all files.
 Nothing has to be cleaned up, so nothing can be left behind; and since no name is visible outside, any number of
 labs run side by side.
 """
@@ -18,7 +18,8 @@ from typing import Any
 # A shell, because the first process of a pid namespace has to reap what others leave. If nobody reads its `ready`
 # any more it leaves. A detached one (it is told `wait`) leaves too if its caller goes before `release` was called.
 _FIRST_PROCESS = """
-mount -t tmpfs -o mode=755 tmpfs /run && mkdir /run/netns /run/hosts /run/lock && ip link set lo up || exit
+for folder in /run /var/log ; do mount -t tmpfs -o mode=755 tmpfs "$folder" || exit ; done
+mkdir /run/netns /run/hosts /run/lock && ip link set lo up || exit
 echo ready || exit
 exec 1>&- ; [ -z "$1" ] || read -r || exit
 while : ; do sleep 3600 & wait $! ; done

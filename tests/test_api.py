@@ -72,10 +72,39 @@ def test_client_and_core_know_the_same_orders():
         ({"min_kb": "1"}, [1]),
         ({"ingress_interface": "left"}, [2, 3, 4]),
         ({"egress_interface": "right", "application": "ike"}, [3]),
+        ({"spi": "0x1001"}, [1]),
+        ({"spi": "8193"}, [1]),  # of the other direction
+        ({"spi": "5"}, [2, 4]),  # in transit, as it was seen
+        ({"tunnel": "net"}, [1]),
+        ({"tunnel": "gw/net"}, [1]),
+        ({"ike_id": "there"}, [1]),
+        ({"ike_id": "CN=there, O=there"}, []),
+        ({"state": "Active,DISCARD"}, [1, 2, 3, 4]),
+        ({"state": "not active,opening"}, [4]),
+        ({"source": "192.0.2.0/25,10.0.0.1,2001:db8::/32"}, [1, 4]),
+        ({"source": "not 192.0.2.0/25,10.0.0.1"}, [2, 3]),
+        ({"destination_port": "0x1001,500"}, [1, 3]),
+        ({"min_age": "not 10"}, [4]),
+        ({"tunnel": "not net,home"}, [2, 3, 4]),
+        ({"from_": "trust", "rule": "not nothing", "protocol": "50,17", "spi": "not 5"}, [3]),
     ],
 )
 def test_every_filter_key(api, words, found):
     assert ids(api, **words) == found
+
+
+def test_an_spi_finds_its_session_after_a_rekey_too(api, bench):
+    bench.sas(SaRekeyed(child_sa(), child_sa(0x1002, 0x2002)))
+    bench.sas(SaDeleted(child_sa()))
+    bench.receive(esp(PEER, HERE, 0x1002))
+    assert ids(api, spi="0x1001") == ids(api, spi="0x2002") == [1]
+    assert ids(api, source_port="0x1001,0x2001") == [], "a port is what is shown now"
+
+
+def test_prefixes_of_both_ip_versions(api, bench):
+    bench.forward(esp("2001:db8::5", "2001:db8:1::5", 5))
+    assert ids(api, source="2001:db8::/48") == ids(api, destination="2001:db8:1::5") == [5]
+    assert ids(api, source="::/0,0.0.0.0/0") == [1, 2, 3, 4, 5] and ids(api, source="not ::/0") == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -100,6 +129,11 @@ def test_every_filter_key(api, words, found):
             for key in ("min-kb", "min-age", "source-port", "destination-port", "protocol")
             for value in ("much", "nan", "inf", "-1", "1_0", "\u0661", "1e3", "", " 1", "9" * 5000)
         ),
+        ("session.list", {"filter": {"spi": "5,0x100000000"}}, rpc.INVALID_PARAMS, "in decimal or, behind 0x, in hex"),
+        ("session.list", {"filter": {"state": "active,"}}, rpc.INVALID_PARAMS, "filter state: 'active,' will not do"),
+        ("session.list", {"filter": {"rule": "not "}}, rpc.INVALID_PARAMS, "filter rule: 'not ' will not do: want a"),
+        ("session.list", {"filter": {"min-age": "1,2"}}, rpc.INVALID_PARAMS, "want a number such as"),
+        ("session.list", {"filter": {"spi": "1," * 64 + "1"}}, rpc.INVALID_PARAMS, "65 values, want at most 64"),
         ("session.list", {"filter": {"source-port": "4294967296"}}, rpc.INVALID_PARAMS, "number from 0 to 4294967295"),
         (
             "session.list",

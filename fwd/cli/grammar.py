@@ -34,6 +34,9 @@ HINT = "hint"
 #: How long the daemon may take to say what values there are, in seconds: somebody waits with a finger on Tab.
 LIVE_TIMEOUT_S = 0.5
 
+#: What may stand before the value of a filter key: all but that.
+_NOT = "not "
+
 #: Where a context keeps how far the words behind its command lead.
 _LINE = "fwctl.line"
 
@@ -152,6 +155,26 @@ class Text(click.ParamType[str]):
         return _live(ctx, self.live, incomplete) if self.live else []
 
 
+class Several(click.ParamType[str]):
+    """Values of another type with commas between."""
+
+    name = "list"
+
+    def __init__(self, one: click.ParamType[str]) -> None:
+        self.one = one
+        self.hint = getattr(one, "hint", "")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The values, each as its own type has it. Raises click.UsageError."""
+        return ",".join(self.one.convert(part, param, ctx) for part in str(value).split(","))
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Item]:
+        """Lists with one value more: what may follow the last comma and does not stand there yet."""
+        *given, begun = incomplete.split(",")
+        items = self.one.shell_complete(ctx, param, begun)
+        return [_item(",".join((*given, item.value)), item.help or "") for item in items if item.value not in given]
+
+
 def _live(ctx: click.Context, kind: LiveKind, prefix: str) -> list[Item]:
     """What the daemon has of a kind now; nothing if it does not answer at once."""
     asked = ctx.find_object(Asked)
@@ -224,7 +247,11 @@ class Clause(click.Option):
 
 
 class Filter(Clause):
-    """`filter KEY VALUE ...`: any number of keys, each once; the command gets a mapping."""
+    """`filter KEY VALUE ...`: any number of keys, each once; the command gets a mapping.
+
+    A value may be several with commas between, and `not` may stand before it, as far as the key has that; the command
+    gets `not VALUE` then.
+    """
 
     def __init__(self, *args: Any, keys: Mapping[str, FilterKey], **attrs: Any) -> None:
         attrs |= {"multiple": True, "nargs": 2, "metavar": "KEY VALUE ...", "callback": self._mapping}
@@ -238,15 +265,17 @@ class Filter(Clause):
     def place_of(self, key: str) -> Place:
         """The value that a key wants."""
         known = self.keys[key]
-        kind = OneOf(known.words, checks_the_rest=True) if known.words else Text(known.live)
-        return Place(self, kind, known.meaning)
+        one = OneOf(known.words, checks_the_rest=True) if known.words else Text(known.live)
+        return Place(self, Several(one) if known.is_list else one, known.meaning)
 
     def type_cast_value(self, ctx: click.Context, value: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
         """Keys and values, with whole words for their beginnings."""
         pairs = []
         for key, text in value:
+            values = text.removeprefix(_NOT)
+            negation = text[: len(text) - len(values)]
             try:
-                pairs.append((key, self.place_of(key).type.convert(text, self, ctx)))
+                pairs.append((key, negation + self.place_of(key).type.convert(values, self, ctx)))
             except click.UsageError as error:
                 raise click.UsageError(f"filter {key}: {error.message}", ctx) from None
         return tuple(pairs)
@@ -274,6 +303,7 @@ class _Line:
         self.given: set[str] = set()
         self._wanted: deque[Place] = deque()
         self._wanting = ""
+        self._negation = ""
         self._scope: Filter | None = None
         self._keys: set[str] = set()
         self._optional: list[str] = []
@@ -288,6 +318,12 @@ class _Line:
     def keys(self) -> Mapping[str, FilterKey]:
         """The filter's keys, behind `filter`."""
         return self._scope.keys if self._scope else {}
+
+    @property
+    def may_be_negated(self) -> bool:
+        """Whether `not` may stand here."""
+        is_value = self._wanted and not self._negation and self._wanting in self.keys
+        return bool(is_value) and self.keys[self._wanting].has_not
 
     @property
     def is_whole(self) -> bool:
@@ -308,9 +344,12 @@ class _Line:
 
     def take(self, word: str) -> None:
         """Take the next word. Raises click.UsageError that says what to write instead."""
-        if self._wanted:
+        if self.may_be_negated and word == _NOT.strip():
+            self._negation = _NOT
+        elif self._wanted:
             self._wanted.popleft()
-            self._optional.append(word)
+            self._optional.append(self._negation + word)
+            self._negation = ""
         elif word in self._flags:
             self._optional.append(word)
         elif self.arguments:
@@ -404,7 +443,9 @@ class Command(_Spoken):
             return []
         end = self._at_the_end() if line.is_whole and not incomplete else []
         if line.place is not None:
-            return [*line.place.complete(ctx, incomplete), *end]
+            negation = [_item(_NOT.strip(), "All but what follows.", "+")] if line.may_be_negated else []
+            words = [item for item in negation if item.value.startswith(incomplete)]
+            return [*line.place.complete(ctx, incomplete), *words, *end]
         dashes = "--" if incomplete.startswith("-") else ""
         words = [_item(dashes + word, help, "+") for word, help in line.words().items()]
         kind = "plain" if dashes else HINT  # an option is offered to one who begins it
@@ -421,6 +462,10 @@ class Command(_Spoken):
             if isinstance(clause, Filter):
                 with formatter.section("Filter keys, any number of them (all must match)"):
                     formatter.write_dl([(key, known.meaning) for key, known in clause.keys.items()])
+                    formatter.write_paragraph()
+                    formatter.write_text(
+                        "A value may be a list, a,b,c with no blanks: any of them. 'not' before it: none of them."
+                    )
         records = [
             param.get_help_record(ctx)
             for param in self.get_params(ctx)

@@ -25,7 +25,7 @@ _PORT = Number(0, 65535)
 _SPI = Number(1, 2**32 - 1, may_be_hex=True)
 
 #: What `show session all` answers by itself.
-_COUNT = {"count": FilterKey("how many instead of which", words=("yes", "no"))}
+_COUNT = {"count": FilterKey("how many instead of which", ("yes", "no"), is_list=False, has_not=False)}
 
 
 def _width(otherwise: int = _NO_END) -> int:
@@ -91,8 +91,9 @@ def show_session_all(asked: Asked, chosen: dict[str, str]) -> None:
 
     \b
       ... all filter application ipsec-udp state active
-      ... all filter source 198.51.100.0/24 to untrust
-      ... all filter destination-port $((0x64f66f40))     an SPI as tcpdump shows it
+      ... all filter source 198.51.100.0/24,2001:db8::/32 to untrust
+      ... all filter state not active,opening
+      ... all filter spi 0x64f66f40                       an SPI as tcpdump shows it
     """
     count = chosen.pop("count", "no")
     if count not in ("yes", "no"):

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import fcntl
 import logging
+import select
 import socket
 import sqlite3
 import ssl
@@ -47,8 +49,7 @@ class Receiver(Protocol):
 class LogExport:
     """Sends what is in `traffic_log`, the file of which is `path`, to a receiver, under a name of its own.
 
-    A new name begins with what is written from now on. From its own thread it calls `sent(count)`, `failed()` and
-    `skipped(count)`.
+    A new name begins with what is written from now on. From its own thread it calls `sent(count)` and `failed()`.
     """
 
     def __init__(
@@ -59,15 +60,13 @@ class LogExport:
         receiver: Receiver,
         sent: Callable[[int], None],
         failed: Callable[[], None],
-        skipped: Callable[[int], None],
     ) -> None:
-        self._name = name
+        self.name = name
         self._log = traffic_log
         self._path = path
         self._receiver = receiver
         self._sent = sent
         self._failed = failed
-        self._skipped = skipped
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._work, name=f"log-{name}", daemon=True)
         #: Why nothing can be sent at the moment; None: it can.
@@ -80,6 +79,7 @@ class LogExport:
     def stop(self, within_s: float) -> None:
         """Stop, after the batch that is under way if it takes no longer than that."""
         self._leaving.set()
+        self._log.tell_news()
         self._thread.join(within_s)
 
     def _work(self) -> None:
@@ -107,10 +107,10 @@ class LogExport:
 
     def _step(self, database: sqlite3.Connection) -> bool:
         """Send the next batch; False: there is none. Raises OSError or sqlite3.Error."""
-        row = database.execute("SELECT number FROM export WHERE name = ?", (self._name,)).fetchone()
+        row = database.execute("SELECT number FROM export WHERE name = ?", (self.name,)).fetchone()
         if row is None:
             with transaction(database):
-                database.execute("INSERT INTO export SELECT ?, coalesce(max(number), 0) FROM traffic", (self._name,))
+                database.execute("INSERT INTO export SELECT ?, coalesce(max(number), 0) FROM traffic", (self.name,))
             return True
         rows = database.execute(
             "SELECT * FROM traffic WHERE number > ? ORDER BY number LIMIT ?", (row["number"], _BATCH)
@@ -120,15 +120,15 @@ class LogExport:
         entries = [dict(row) for row in rows]
         self._receiver.send(entries)
         with transaction(database):
-            database.execute("UPDATE export SET number = ? WHERE name = ?", (entries[-1]["number"], self._name))
+            database.execute("UPDATE export SET number = ? WHERE name = ?", (entries[-1]["number"], self.name))
         self._sent(len(entries))
         return True
 
     def _note_trouble(self, trouble: str | None) -> None:
         if trouble is not None and self.trouble is None:
-            log.warning("%s cannot be reached, what is logged waits for it: %s", self._name, trouble)
+            log.warning("%s cannot be reached, what is logged waits for it: %s", self.name, trouble)
         elif trouble is None and self.trouble is not None:
-            log.info("%s is reached again", self._name)
+            log.info("%s is reached again", self.name)
         self.trouble = trouble
 
 
@@ -161,8 +161,9 @@ class SyslogServer:
             for message in messages:
                 connection.send(message)
             return
+        _refuse_if_gone(connection)
         connection.sendall(b"".join(b"%d %b" % (len(message), message) for message in messages))
-        self._wait_until_acknowledged(connection)
+        _wait_until_acknowledged(connection)
 
     def close(self) -> None:
         """Hang up."""
@@ -185,17 +186,25 @@ class SyslogServer:
             raise
         return connection
 
-    def _wait_until_acknowledged(self, connection: socket.socket) -> None:
-        """A server that goes away may have read nothing of what its kernel, or ours, still holds (tcp(7), SIOCOUTQ)."""
-        deadline = time.monotonic() + TIMEOUT_S
-        waiting = array.array("i", [0])
-        while True:
-            fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, waiting)
-            if not waiting[0]:
-                return
-            if time.monotonic() > deadline:
-                raise TimeoutError(0, f"it did not acknowledge anything for {TIMEOUT_S:g} s")
-            time.sleep(0.01)
+
+def _refuse_if_gone(connection: socket.socket) -> None:
+    """Raises ConnectionResetError if the peer has hung up: what is sent now nobody reads."""
+    poll = select.poll()
+    poll.register(connection, select.POLLRDHUP)
+    if poll.poll(0):
+        raise ConnectionResetError(errno.ECONNRESET, "the server hung up")
+
+
+def _wait_until_acknowledged(connection: socket.socket) -> None:
+    """Until the peer's kernel has all that was sent (SIOCOUTQ, tcp(7)). Raises OSError if that cannot be said."""
+    deadline = time.monotonic() + TIMEOUT_S
+    waiting = array.array("i", [1])
+    while waiting[0]:
+        if time.monotonic() > deadline:
+            raise TimeoutError(errno.ETIMEDOUT, f"the server acknowledged nothing for {TIMEOUT_S:g} s")
+        time.sleep(0.001)
+        fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, waiting)
+        _refuse_if_gone(connection)  # after that look, for the queue of a connection that is reset is empty, too
 
 
 class Journal:

@@ -28,17 +28,18 @@ _LAYOUT = 1
 _PREPARE = """
 PRAGMA auto_vacuum = INCREMENTAL;
 PRAGMA journal_mode = WAL;
+"""
+_SET_UP = """
 PRAGMA synchronous = NORMAL;
+PRAGMA journal_size_limit = 4194304;
 """
-_CREATE = f"""
-BEGIN;
-CREATE TABLE traffic ({", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())});
-CREATE INDEX by_time ON traffic (time);
-CREATE TABLE export (name TEXT PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID;
-PRAGMA application_id = {_APPLICATION};
-PRAGMA user_version = {_LAYOUT};
-COMMIT;
-"""
+_CREATE = (
+    f"CREATE TABLE traffic ({', '.join(f'{name} {kind}' for name, kind in COLUMNS.items())})",
+    "CREATE INDEX by_time ON traffic (time)",
+    "CREATE TABLE export (name TEXT PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID",
+    f"PRAGMA application_id = {_APPLICATION}",
+    f"PRAGMA user_version = {_LAYOUT}",
+)
 _INSERT = f"INSERT OR IGNORE INTO traffic VALUES ({', '.join(f':{name}' for name in COLUMNS)})"
 _COMPANIONS = ("", "-wal", "-shm", "-journal")
 
@@ -59,8 +60,9 @@ class LogError(Exception):
 class TrafficLog:
     """The log under `path`, at most `max_bytes` large and `max_age_s` long (seconds).
 
-    From its own thread it calls `written(number)` when all entries up to one are there for good, `failed()` when they
-    could not be written, and `rotated(count)` when so many made room.
+    `exports` are the names of those that send it on. From its own thread it calls `written(number)` when all entries up
+    to one are there for good, `failed()` when they could not be written, and `rotated(count, unsent)` when so many made
+    room, of which so many had yet to be sent on.
     """
 
     def __init__(
@@ -68,13 +70,15 @@ class TrafficLog:
         path: Path,
         max_bytes: int,
         max_age_s: float,
+        exports: Sequence[str],
         written: Callable[[int], None],
         failed: Callable[[], None],
-        rotated: Callable[[int], None],
+        rotated: Callable[[int, int], None],
     ) -> None:
         self._path = path
         self._max_bytes = max_bytes
         self._max_age_s = max_age_s
+        self._exports = exports
         self._written = written
         self._failed = failed
         self._rotated = rotated
@@ -85,6 +89,8 @@ class TrafficLog:
         self._news_count = 0
         #: Why it cannot be written at the moment; None: it can.
         self.trouble: str | None = None
+        #: All entries up to this one are there for good.
+        self.written_number = 0
 
     def start(self) -> None:
         """Begin to write."""
@@ -99,14 +105,18 @@ class TrafficLog:
         self._batches.put(None)
         self._thread.join(within_s)
         self._leaving.set()
-        with self._news:
-            self._news.notify_all()
 
     def wait_for_news(self, known: int, timeout_s: float) -> int:
         """For readers in other threads: until more is written than at a former answer; gives what to ask with next."""
         with self._news:
-            self._news.wait_for(lambda: self._news_count != known or self._leaving.is_set(), timeout_s)
+            self._news.wait_for(lambda: self._news_count != known, timeout_s)
             return self._news_count
+
+    def tell_news(self) -> None:
+        """Let those who wait look again."""
+        with self._news:
+            self._news_count += 1
+            self._news.notify_all()
 
     # --- its own thread -----------------------------------------------------------------------------
 
@@ -121,14 +131,14 @@ class TrafficLog:
             try:
                 if database is None:
                     database = open_log(self._path)
+                    self._forget_exports(database)
                 if waiting:
                     with transaction(database):
                         database.executemany(_INSERT, waiting)
-                    self._written(waiting[-1]["number"])
+                    self.written_number = waiting[-1]["number"]
+                    self._written(self.written_number)
                     waiting.clear()
-                    with self._news:
-                        self._news_count += 1
-                        self._news.notify_all()
+                    self.tell_news()
                 if time.monotonic() >= rotate_at:
                     is_done = self._rotate(database)
                     rotate_at = time.monotonic() + (ROTATE_S if is_done else 0.0)
@@ -163,6 +173,12 @@ class TrafficLog:
             log.info("the traffic log is written again")
         self.trouble = trouble
 
+    def _forget_exports(self, database: sqlite3.Connection) -> None:
+        """Nobody sends the log on under these names any more."""
+        names = [name for (name,) in database.execute("SELECT name FROM export")]
+        for name in set(names).difference(self._exports):
+            database.execute("DELETE FROM export WHERE name = ?", (name,))
+
     def _rotate(self, database: sqlite3.Connection) -> bool:
         """Let the oldest entries go, some of them, if there are too many or they are too old; whether that is all."""
         (((oldest,),), ((page_size,),), ((pages,),), ((free,),)) = (
@@ -182,12 +198,13 @@ class TrafficLog:
         else:
             return True
         with transaction(database):
-            gone = database.execute(
-                f"DELETE FROM traffic WHERE number IN"
-                f" (SELECT number FROM traffic WHERE {condition} ORDER BY number LIMIT {_ROTATE_SLICE})"
-            ).rowcount
+            slice_ = f"SELECT number FROM traffic WHERE {condition} ORDER BY number LIMIT {_ROTATE_SLICE}"
+            (unsent,) = database.execute(
+                f"SELECT count(*) FROM ({slice_}) WHERE number > (SELECT min(number) FROM export)"
+            ).fetchone()
+            gone = database.execute(f"DELETE FROM traffic WHERE number IN ({slice_})").rowcount
         database.execute(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})").fetchall()
-        self._rotated(gone)
+        self._rotated(gone, unsent)
         return gone == 0
 
 
@@ -221,21 +238,27 @@ def _open(path: Path) -> sqlite3.Connection:
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
     database = sqlite3.connect(path, isolation_level=None, timeout=_BUSY_S)
     try:
-        ((application,),) = database.execute("PRAGMA application_id").fetchall()
-        ((tables,),) = database.execute("SELECT count(*) FROM sqlite_master").fetchall()
-        if not tables:  # new, or a former one got no further
+        if not _has_tables(database):  # new, or a former one got no further
             database.executescript(_PREPARE)
-            database.executescript(_CREATE)
-        elif application != _APPLICATION:
+            with transaction(database):
+                for statement in () if _has_tables(database) else _CREATE:  # another thread may have been faster
+                    database.execute(statement)
+        ((application,),) = database.execute("PRAGMA application_id").fetchall()
+        if application != _APPLICATION:
             raise LogError("this is another program's database: [traffic-log] file chooses another")
         ((layout,),) = database.execute("PRAGMA user_version").fetchall()
         if layout != _LAYOUT:
             raise LogError(f"another version of fwd wrote it (layout {layout}): move it away")
-        database.executescript("PRAGMA synchronous = NORMAL;")
+        database.executescript(_SET_UP)
     except BaseException:
         database.close()
         raise
     return database
+
+
+def _has_tables(database: sqlite3.Connection) -> bool:
+    ((count,),) = database.execute("SELECT count(*) FROM sqlite_master").fetchall()
+    return bool(count)
 
 
 @contextlib.contextmanager

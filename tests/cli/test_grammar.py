@@ -52,6 +52,8 @@ def said(words):
         ("s log filter state active sort by", ({"state": "active"}, "bytes", None, False)),
         ("s log last so age f st ACT ru limit l 7", ({"state": "active", "rule": "limit"}, "age", 7, True)),
         ("s log filter application ipsec-esp", ({"application": "ipsec-esp"}, None, None, False)),
+        ("s log filter state not ACT,disc sort b", ({"state": "not active,discard"}, "bytes", None, False)),
+        ("s log filter from not,x to not y", ({"from": "not,x", "to": "not y"}, None, None, False)),
         ("s log filter min-kb -1 limit 1", ({"min-kb": "-1"}, None, 1, False)),
         ("s log filter state closed rule --json", ({"state": "closed", "rule": "--json"}, None, None, False)),
     ],
@@ -68,6 +70,9 @@ def test_words_in_any_order_and_their_beginnings(words, meant):
         ("show log l 5", "'l' is ambiguous: limit, last-hour"),
         ("show log filter s 5", "'s' is ambiguous: source, source-port, state"),
         ("show log filter state c", "filter state: 'c' is ambiguous: closing"),
+        ("show log filter state active,x,c", "filter state: 'c' is ambiguous: closing"),
+        ("show log filter state not", "'state' wants a value after it"),
+        ("show log not", "found 'not', want 'filter KEY VALUE ...'"),
         ("show log limit", "'limit' wants a value after it"),
         ("show log limit 5 limit 6", "'limit' stands there twice"),
         ("show log limit 500", "found '500', want a number from 1 to 100"),
@@ -111,7 +116,12 @@ def next_words(words, tree=tree, asked=None):
         ("show log sort ", ["bytes", "age"], []),
         ("show log filter ", list(rpc.FILTER_KEYS), ["--help"]),
         ("show log filter state a", ["active"], []),
-        ("show log filter source ", [], ["<value>"]),
+        ("show log filter source ", ["not"], ["<value>"]),
+        ("show log filter source not ", [], ["<value>"]),
+        ("show log filter type ", ["flow", "pred", "not"], []),
+        ("show log filter type not ", ["flow", "pred"], []),
+        ("show log filter type not flow,", ["flow,pred"], []),
+        ("show log filter state active,d", ["active,discard"], []),
         ("show log filter state active min", ["min-age", "min-kb"], []),
         ("show log filter state active li", ["limit"], []),
         ("show lo ", [], []),
@@ -130,9 +140,11 @@ def test_what_may_come_next(words, offered, shown):
         ("show session id 1", ["1", "10"]),
         ("show session id 0", []),
         ("show session id x", []),
-        ("show session all filter from ", ["any", "trust", "untrust"]),
+        ("show session all filter from not ", ["any", "trust", "untrust"]),
+        ("show session all filter from not any,t", ["any,trust"]),
+        ("clear session all filter tunnel g", ["gw"]),
         ("show session all filter rule any", ["any-any"]),
-        ("monitor filter ingress-interface ", ["left", "right", "wan"]),
+        ("monitor filter ingress-interface not ", ["left", "right", "wan"]),
         ("show tunnel detail ", ["gw", "net"]),
     ],
 )
@@ -142,6 +154,12 @@ def test_live_values_are_offered(small_daemon, words, offered):
     asked.client.close()
     assert sorted(found) == sorted(offered) and len(hints) >= 1
     assert not next_words(words, main.fwctl, Asked(Client("/nonexistent")))[0]
+
+
+def test_how_many_is_no_list_and_has_no_other_way_round():
+    assert next_words("show session all filter count ", main.fwctl)[0] == ["yes", "no"]
+    with pytest.raises(click.UsageError, match="want yes or no"):
+        main.fwctl.main(["show", "session", "all", "filter", "count", "not"], standalone_mode=False)
 
 
 def test_filter_words_are_the_cores():
