@@ -112,6 +112,15 @@ RULE = '[[rules]]\nname = "r"\naction = "allow"\n'
         ("[control]\nsocket = '/'", "control.socket: found '/'; want a path"),
         ('[control]\nsocket = "/a\\u0000b"', "control.socket: found '/a\\x00b'; want a path"),
         ("[vici]\nsocket = '/" + "ä" * 60 + "'", "vici.socket: found '/ää"),
+        ("[metrics]\nlisten = '0.0.0.0:9469'", "metrics.listen: found '0.0.0.0:9469', which others could reach"),
+        ("[metrics]\nlisten = '[::]:9469'", "a reverse proxy that asks for one, or an ssh tunnel"),
+        ("[metrics]\nlisten = '192.0.2.1:9469'", "want a loopback address such as 127.0.0.1:9469"),
+        ("[metrics]\nlisten = 'localhost:9469'", "metrics.listen: found 'localhost:9469'; want 127.0.0.1:9469"),
+        ("[metrics]\nlisten = ':9469'", "metrics.listen: found ':9469'; want 127.0.0.1:9469, [::1]:9469"),
+        ("[metrics]\nlisten = '127.0.0.1:0'", "metrics.listen: found '127.0.0.1:0'; want"),
+        ("[metrics]\nlisten = '::1:9469'", "metrics.listen: found '::1:9469'; want"),
+        ("[metrics]\nlisten = '/run/'", "metrics.listen: found '/run/'; want a path from / on"),
+        ("[metrics]\ntunnels = 5000", "metrics.tunnels: found 5000; want less than or equal to 4096"),
         ("[dataplane]\nqeue = 1", "dataplane.qeue: no such key here; did you mean 'queue'? there are: queue, queue-l"),
         (RULE + "log_at_end = true", "rules.0.log_at_end: no such key here; did you mean 'log-at-end'?"),
         ("colour = 1", "colour: no such key here; there are: dataplane, zones, default-zone"),
@@ -178,3 +187,18 @@ def test_half_open_sessions_are_a_share_of_the_table_and_none_is_no_limit(tmp_pa
     path = tmp_path / "fwd.toml"
     path.write_text(f"[dataplane]\nmax-sessions = 20\n[limits]\nhalf-open = {percent}\nsource = 3\npeers = 0\n")
     assert load(path).settings().limits == Bounds(source=3, peers=0, half_open=sessions)
+
+
+@pytest.mark.parametrize(
+    ("listen", "address"),
+    [
+        ("", None),
+        ("127.0.0.1:9469", ("127.0.0.1", 9469)),
+        ("127.8.0.9:65535", ("127.8.0.9", 65535)),
+        ("[::1]:1", ("::1", 1)),
+        ("/run/fwd/metrics.sock", Path("/run/fwd/metrics.sock")),
+    ],
+)
+def test_metrics_are_nowhere_on_loopback_or_at_a_path(listen, address):
+    config = Config.model_validate({"metrics": {"listen": listen, "tunnels": 7}})
+    assert config.metrics.address == address and config.settings().tunnel_totals == 7
