@@ -24,7 +24,7 @@ from pathlib import Path
 import click
 
 from . import __version__
-from .api import Api
+from .api import Api, no_log
 from .config import DEFAULT_PATH, Config, ConfigError, load
 from .core import records
 from .core.events import (
@@ -49,9 +49,11 @@ from .edge.nfqueue import PacketQueue, QueueError
 from .edge.queue_stats import UNREADABLE, is_readable, kernel_queue_stats
 from .edge.ruleset import Backend, Ruleset, RulesetError
 from .edge.state_file import StateError, StateFile
-from .edge.traffic_log import TrafficLog
+from .edge.traffic_log import LogError, LogReader, TrafficLog
 from .edge.vici import ViciListener
-from .rpc import CONFIGURATION_REFUSED, RpcError
+from .log_entry import Entry
+from .log_filter import LogQuestion
+from .rpc import CONFIGURATION_REFUSED, NO_TRAFFIC_LOG, RpcError
 
 log = logging.getLogger("fwd")
 
@@ -121,6 +123,7 @@ class Daemon:
         self._state_in_words = "none by configuration"
         self._no_save_before = 0.0
         self._log: TrafficLog | None = None
+        self._log_reader = LogReader(Path(config.traffic_log.file))
         self._log_exports: list[LogExport] = []
         self._shown: tuple[Session, ...] = ()
         self._counted_before = dict.fromkeys(_EDGE_COUNTERS, 0)
@@ -136,6 +139,7 @@ class Daemon:
             self._take_edge_counts,
             self._refresh,
             self._reload_on_request,
+            self._page_of_log,
         )
         self._control = ControlServer(
             Path(config.control.socket), self._control_request, self._api.rights, _access(config)
@@ -369,6 +373,15 @@ class Daemon:
         self._firewall.note_logged(number)
         self._after_turn()
 
+    def _page_of_log(self, question: LogQuestion) -> tuple[list[Entry], int | None]:
+        """Raises RpcError."""
+        if self._log is None:
+            return no_log(question)
+        try:
+            return self._log_reader.page(question)
+        except LogError as error:
+            raise RpcError(NO_TRAFFIC_LOG, str(error)) from None
+
     def _hand_out_log(self) -> None:
         while self._log is not None and (records := self._firewall.take_log()):
             self._log.write(records, time.time() - time.monotonic())
@@ -552,6 +565,7 @@ class Daemon:
         self._save_all()
         for export in self._log_exports:
             export.stop(LOG_STOP_S)
+        self._log_reader.close()
 
     def _close_kernel(self) -> None:
         if self._kernel is not None:
