@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .config import explain
 from .core.counters import COUNTERS
 from .core.events import ABOUT_NO_SESSION, Event, Moment, as_it_was, moment_of
 from .core.explain import Group, explain_packet, explain_session
@@ -27,6 +26,7 @@ from .core.session_filter import Predicate, build_filter
 from .core.session_order import RATES, OrderError, value_of
 from .core.state import State
 from .rpc import INVALID_PARAMS, METHOD_NOT_FOUND, NO_SUCH_SESSION, LiveKind, RpcError
+from .schema import explain
 from .views import JSON, Views
 
 #: Events remembered for those who ask a little later.
