@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-import annotated_types
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -220,7 +219,7 @@ def _wanted(model: type[BaseModel], place: Place, found: Any) -> str:
         return f"want a list: [{json.dumps(found) if isinstance(found, str) else '...'}]{meant}"
     if key.choices:
         return f"want {_alternatives(key.choices)}"
-    if key.field.annotation is str or key.is_list or key.is_table_of_any_names:
+    if _is_text(key.field.annotation):
         return "want text in quotes" if not isinstance(found, str) else ""
     quotes = ", without quotes" if isinstance(found, str) else ""
     if key.bounds:
@@ -244,9 +243,12 @@ def _choices(annotation: Any) -> Sequence[str]:
 def _bounds(annotation: Any, metadata: Iterable[Any]) -> tuple[int, int] | None:
     if annotation is not int:
         return None
-    least = next((mark.ge for mark in metadata if isinstance(mark, annotated_types.Ge)), None)
-    greatest = next((mark.le for mark in metadata if isinstance(mark, annotated_types.Le)), None)
-    return (int(str(least)), int(str(greatest))) if least is not None and greatest is not None else None
+    limits = {side: getattr(mark, side) for mark in metadata for side in ("ge", "le") if hasattr(mark, side)}
+    return (limits["ge"], limits["le"]) if len(limits) == 2 else None
+
+
+def _is_text(annotation: Any) -> bool:
+    return annotation is str or any(map(_is_text, _below(annotation)))
 
 
 def _section(annotation: Any) -> type[Section] | None:
