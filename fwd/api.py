@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .config import explain
 from .core.counters import COUNTERS
 from .core.events import ABOUT_NO_SESSION, Event, Moment, as_it_was, moment_of
 from .core.explain import Group, explain_packet, explain_session
@@ -28,6 +27,7 @@ from .core.session_order import RATES, OrderError, value_of
 from .core.state import State
 from .log_filter import LogQuestion, build_log_filter
 from .rpc import INVALID_PARAMS, METHOD_NOT_FOUND, NO_SUCH_SESSION, NO_TRAFFIC_LOG, LiveKind, RpcError
+from .schema import explain
 from .views import JSON, Views
 
 #: Events remembered for those who ask a little later.

@@ -53,6 +53,7 @@ from .edge.traffic_log import LogError, LogReader, TrafficLog
 from .edge.vici import ViciListener
 from .log_entry import Entry
 from .log_filter import LogQuestion
+from .reference import default_config
 from .rpc import CONFIGURATION_REFUSED, NO_TRAFFIC_LOG, RpcError
 
 log = logging.getLogger("fwd")
@@ -718,9 +719,14 @@ def _set_up_logging(level: str) -> None:
     " in zone 'any', one rule 'any-any' that allows.",
 )
 @click.option("--check", is_flag=True, help="Only check the configuration: exit status 0, or 1 and why.")
+@click.option(
+    "--print-default-config",
+    is_flag=True,
+    help="Only print a configuration: every key, explained, with its default.",
+)
 @click.option("--remove-rules", is_flag=True, help="Only take out the netfilter rules that a killed fwd left behind.")
 @click.version_option(__version__, prog_name="fwd")
-def main(config_path: Path | None, check: bool, remove_rules: bool) -> None:
+def main(config_path: Path | None, check: bool, print_default_config: bool, remove_rules: bool) -> None:
     """The IPsec firewall daemon: decides on ESP, IKE and NAT-T packets and keeps their session table.
 
     It needs CAP_NET_ADMIN. It puts its own netfilter rules in place when it starts and takes them out when it is
@@ -730,11 +736,15 @@ def main(config_path: Path | None, check: bool, remove_rules: bool) -> None:
     or not at all. Ask it with fwctl.
 
     \b
+      fwd --print-default-config       what may be configured, to begin with
       fwd --check --config my.toml     is this file right?
       fwd --config my.toml             run in the foreground, log to stderr
       fwctl show session all           then, from another terminal
     """
     try:
+        if print_default_config:
+            click.echo(default_config(), nl=False)
+            return
         if remove_rules:
             Ruleset.remove()
             return
@@ -745,7 +755,9 @@ def main(config_path: Path | None, check: bool, remove_rules: bool) -> None:
             return
         _set_up_logging(config.log.level)
         sys.exit(asyncio.run(_run(config, config_path)))
-    except (ConfigError, ControlError, InterfaceError, QueueError, RulesetError, StateError) as error:
+    except ConfigError as error:
+        raise click.ClickException(f"{error}\n(fwd --print-default-config explains every key)") from None
+    except (ControlError, InterfaceError, QueueError, RulesetError, StateError) as error:
         raise click.ClickException(str(error)) from None
 
 
