@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass
 from heapq import nlargest, nsmallest
 from ipaddress import ip_address
 from itertools import chain, islice
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .config import explain
 from .core.counters import COUNTERS
 from .core.events import ABOUT_NO_SESSION, Event, Moment, as_it_was, moment_of
 from .core.explain import Group, explain_packet, explain_session
@@ -26,7 +25,9 @@ from .core.session import Application, Session, SessionType
 from .core.session_filter import Predicate, build_filter
 from .core.session_order import RATES, OrderError, value_of
 from .core.state import State
-from .rpc import INVALID_PARAMS, METHOD_NOT_FOUND, NO_SUCH_SESSION, LiveKind, RpcError
+from .log_filter import LogQuestion, build_log_filter
+from .rpc import INVALID_PARAMS, METHOD_NOT_FOUND, NO_SUCH_SESSION, NO_TRAFFIC_LOG, LiveKind, RpcError
+from .schema import explain
 from .views import JSON, Views
 
 #: Events remembered for those who ask a little later.
@@ -50,6 +51,9 @@ SAS_PER_PAGE = 1000
 #: Values offered for completion at once, and names that are looked at for it, at most: some 3 ms' worth.
 VALUES_OFFERED = 50
 NAMES_LOOKED_AT = 16384
+
+#: Entries in one answer of `log.list`, whatever limit is asked for: some 5 ms' worth.
+LOGGED_PER_PAGE = 250
 
 #: Sessions of this host without a tunnel in an answer of `tunnel.detail`.
 STRANGERS_SHOWN = 32
@@ -118,9 +122,22 @@ class _Values(_Params):
     prefix: str = ""
 
 
+class _Logged(_Filtered):
+    since: float | None = None
+    until: float | None = None
+    direction: Literal["backward", "forward"] = "backward"
+    after: int | None = Field(default=None, ge=0)
+    limit: int = Field(default=LOGGED_PER_PAGE, ge=1, le=1000)
+
+
 class _Events(_Filtered):
     after: int = Field(default=-1, ge=-1)
     limit: int = Field(default=500, ge=1, le=1000)
+
+
+def no_log(_: LogQuestion) -> tuple[list[JSON], int | None]:
+    """A page of the traffic log where there is none. Raises RpcError."""
+    raise RpcError(NO_TRAFFIC_LOG, "there is no traffic log: [traffic-log] file in fwd's configuration names one")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +153,7 @@ class Api:
     """The methods by name. `now` gives monotonic seconds; `host` what only the daemon knows of itself.
 
     `sync` brings the global counters up to date, `refresh` the counts of sessions that are about to be shown. `reload`
-    reads the configuration again, and raises RpcError.
+    reads the configuration again, and raises RpcError; so does `logged`, which gives a page of the traffic log.
     """
 
     def __init__(
@@ -148,6 +165,7 @@ class Api:
         sync: Callable[[], None],
         refresh: Callable[[Iterable[Session]], None],
         reload: Callable[[], JSON],
+        logged: Callable[[LogQuestion], tuple[list[JSON], int | None]] = no_log,
     ) -> None:
         self._firewall = firewall
         self._now = now
@@ -158,6 +176,7 @@ class Api:
         self._host = host
         self._sync = sync
         self._refresh = refresh
+        self._logged = logged
         self.methods: Mapping[str, Method] = {
             "session.list": Method("read", _ListParams, self._session_list),
             "session.rank": Method("read", _Rank, self._session_rank),
@@ -170,6 +189,7 @@ class Api:
             "event.list": Method("read", _Events, self._event_list),
             "complete.values": Method("read", _Values, self._complete_values),
             "counter.list": Method("read", _Nothing, self._counter_list),
+            "log.list": Method("read", _Logged, self._log_list),
             "tunnel.list": Method("read", _After, self._tunnel_list),
             "tunnel.detail": Method("read", _Tunnels, self._tunnel_detail),
             "system.info": Method("read", _Nothing, self._system_info),
@@ -517,6 +537,22 @@ class Api:
             "last_answer_age_s": None if directory.answered_at is None else now - directory.answered_at,
             "reason": directory.lost_reason,
         }
+
+    def _log_list(self, params: _Logged) -> JSON:
+        """Entries of the traffic log, the newest first or the oldest; `next` is what to go on after, None at the end.
+
+        A page may have fewer than `limit`, with a filter even none, and still not be the last.
+        """
+        question = LogQuestion(
+            build_log_filter(params.filter),
+            params.since,
+            params.until,
+            params.direction == "forward",
+            params.after,
+            min(params.limit, LOGGED_PER_PAGE),
+        )
+        entries, following = self._logged(question)
+        return {"entries": entries, "next": following}
 
     def _system_info(self, _: _Nothing) -> JSON:
         return dict(self._host())

@@ -1,28 +1,30 @@
 """The configuration file: TOML in, checked `Settings` out, or one clear line for each thing wrong.
 
-The models below are the reference of what the file may say; pydantic does the checking.
+The models below are the reference of what the file may say: pydantic checks a file against them, and
+`fwd --print-default-config` (reference.py) prints them with their docstrings and descriptions as comments.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import re
 import ssl
 import stat
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from . import toml_lines
 from .core.limits import Bounds
 from .core.policy import Action, Policy, Prefix, Rule, Zones
 from .core.session import Application
 from .core.settings import DEFAULT_TIMEOUTS, PassThrough, Settings, TransitPorts, UnknownSpi
+from .schema import AtStart, Disagreement, Place, Section, in_words, keys, nearest, problems, shown
 
 DEFAULT_PATH = Path("/etc/fwd/fwd.toml")
 
@@ -32,13 +34,13 @@ _Item = TypeVar("_Item")
 
 def _socket_path(path: str) -> str:
     if not path.startswith("/") or path.endswith("/") or "\0" in path or len(os.fsencode(path)) > _SUN_PATH_BYTES:
-        raise ValueError(f"found {_shown(path)}; want a path from / on, with {_SUN_PATH_BYTES} bytes at most")
+        raise ValueError(f"found {shown(path)}; want a path from / on, with {_SUN_PATH_BYTES} bytes at most")
     return path
 
 
 def _state_path(path: str) -> str:
     if path and (not path.startswith("/") or path.endswith("/") or "\0" in path):
-        raise ValueError(f"found {_shown(path)}; want a file's path from / on, or nothing")
+        raise ValueError(f"found {shown(path)}; want a file's path from / on, or nothing")
     return path
 
 
@@ -50,11 +52,11 @@ def _listen_address(text: str) -> str:
             _, address, _ = _endpoint(f"tcp:{text}", ("tcp",))
         except ValueError:
             raise ValueError(
-                f"found {_shown(text)}; want 127.0.0.1:9469, [::1]:9469, or a unix socket's path from / on; or nothing"
+                f"found {shown(text)}; want 127.0.0.1:9469, [::1]:9469, or a unix socket's path from / on; or nothing"
             ) from None
         if not ip_address(address).is_loopback:
             raise ValueError(
-                f"found {_shown(text)}, which others could reach, and there is no password; want a loopback address"
+                f"found {shown(text)}, which others could reach, and there is no password; want a loopback address"
                 " such as 127.0.0.1:9469, and in front of it a reverse proxy that asks for one, or an ssh tunnel"
                 " (ssh -L 9469:127.0.0.1:9469 this-host)"
             )
@@ -63,7 +65,7 @@ def _listen_address(text: str) -> str:
 
 def _file_path(path: str) -> str:
     if path and (not path.startswith("/") or "\0" in path):
-        raise ValueError(f"found {_shown(path)}; want a file's path from / on, or nothing")
+        raise ValueError(f"found {shown(path)}; want a file's path from / on, or nothing")
     return path
 
 
@@ -84,7 +86,7 @@ def _endpoint(text: str, transports: Sequence[str]) -> tuple[str, str, int]:
                 return transport, address, int(port)
     forms = " or ".join(f"{transport}:ADDRESS:PORT" for transport in transports)
     raise ValueError(
-        f"found {_shown(text)}; want {forms}, with an address and no name, such as"
+        f"found {shown(text)}; want {forms}, with an address and no name, such as"
         f" {transports[0]}:192.0.2.9:4739 or {transports[-1]}:[2001:db8::9]:4739"
     )
 
@@ -95,7 +97,7 @@ def _prefix(text: str) -> str:
             _network(text)
         except ValueError as error:
             raise ValueError(
-                f"found {_shown(text)}; want an address or a prefix such as 192.0.2.0/24 ({error})"
+                f"found {shown(text)}; want an address or a prefix such as 192.0.2.0/24 ({error})"
             ) from None
     return text
 
@@ -104,14 +106,29 @@ def _network(text: str) -> IPv4Network | IPv6Network:
     return (IPv6Network if ":" in text else IPv4Network)(text)
 
 
+def _name(text: str) -> str:
+    if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]{0,62}", text):
+        raise ValueError(
+            f"found {shown(text)}; want a name: 63 letters, digits, dots, dashes and underscores at most, first"
+            " a letter or a digit"
+        )
+    return text
+
+
+def _interface(text: str) -> str:
+    if not re.fullmatch(r"[^\s/]{1,64}", text):
+        raise ValueError(f"found {shown(text)}; want an interface's name, or a pattern such as veth*")
+    return text
+
+
 def _not_empty(items: list[_Item]) -> list[_Item]:
     if not items:
         raise ValueError("found []; want one entry at least: to match everything, leave the key out or write 'any'")
     return items
 
 
-Name = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Interface = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\s/]+$")]
+Name = Annotated[str, AfterValidator(_name)]
+Interface = Annotated[str, AfterValidator(_interface)]
 Seconds = Annotated[int, Field(ge=1, le=604800)]
 SocketPath = Annotated[str, AfterValidator(_socket_path)]
 #: What a rule matches by: at least one.
@@ -126,74 +143,108 @@ class ConfigError(Exception):
     """The configuration will not do; each line of the message names file, key, what was found and is wanted."""
 
 
-class Section(BaseModel):
-    """A table of the file: keys are written with dashes, and unknown ones are refused."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        alias_generator=lambda name: name.rstrip("_").replace("_", "-"),
-    )
-
-
 class Dataplane(Section):
     """How packets come to fwd, and how many sessions it holds."""
 
-    queue: int = Field(default=20, ge=0, le=65535)
-    queue_length: int = Field(default=4096, ge=16, le=65536)
-    fail: Literal["open", "closed"] = "open"
-    fast_path: Literal["auto", "off"] = "auto"
-    backend: Literal["auto", "nft", "nft-xt", "iptables-mark", "iptables"] = "auto"
-    max_sessions: int = Field(default=65536, ge=16, le=1_000_000)
-    keep_ended: int = Field(default=4096, ge=0, le=1_000_000)
-    keep_ended_time: Seconds = 300
-    unknown_spi: Literal["generic", "discard"] = "generic"
-    unknown_spi_grace: Seconds = 5
-    transit_ports: Literal["generic", "spi"] = "generic"
-    ipsec_pass_through: Literal["always", "ike-gated"] = "always"
-    ike_gate_time: Seconds = 14400
-    tunnel_silent_after: Seconds = 60
+    queue: AtStart[int] = Field(default=20, ge=0, le=65535, description="NFQUEUE number")
+    queue_length: AtStart[int] = Field(default=4096, ge=16, le=65536, description="packets that may wait in it")
+    fail: Literal["open", "closed"] = Field(
+        default="open", description='while no fwd runs: "open" lets packets pass, "closed" drops them'
+    )
+    fast_path: Literal["auto", "off"] = Field(
+        default="auto",
+        description='"auto": the kernel repeats what was decided, and counts; "off": every packet passes through fwd',
+    )
+    backend: AtStart[Literal["auto", "nft", "nft-xt", "iptables-mark", "iptables"]] = Field(
+        default="auto", description="how packets get to the queue; all but auto leave no choice"
+    )
+    max_sessions: int = Field(
+        default=65536,
+        ge=16,
+        le=1_000_000,
+        description="the table is never larger; the fast path has room for twice as many SPIs (that: as of the start)",
+    )
+    keep_ended: int = Field(default=4096, ge=0, le=1_000_000, description="ended sessions that stay readable, at most")
+    keep_ended_time: Seconds = Field(default=300, description="seconds that each of them stays readable")
+    unknown_spi: Literal["generic", "discard"] = Field(
+        default="generic",
+        description='ESP to or from this host whose SPI strongSwan does not own: a "generic" session, or "discard"',
+    )
+    unknown_spi_grace: Seconds = Field(
+        default=5, description="seconds in which strongSwan may still tell that the SPI is its own"
+    )
+    transit_ports: Literal["generic", "spi"] = Field(
+        default="generic",
+        description='ESP in transit: "generic" is one session that shows 20033; "spi" is one for each SPI seen, until a'
+        " pair is proven",
+    )
+    ipsec_pass_through: Literal["always", "ike-gated"] = Field(
+        default="always",
+        description='ESP in transit passes "always" if a rule allows it; "ike-gated": only behind an IKE exchange seen'
+        " between its two peers",
+    )
+    ike_gate_time: Seconds = Field(
+        default=14400, description="seconds that such an exchange is good for; longer than the peers take to rekey"
+    )
+    tunnel_silent_after: Seconds = Field(
+        default=60, description="a tunnel that ends here is found silent after so many seconds without a packet"
+    )
 
 
 class Timeouts(Section):
     """Seconds without a packet after which a session of an application ends."""
 
-    ipsec_esp: Seconds = DEFAULT_TIMEOUTS[Application.IPSEC_ESP]
-    ipsec_udp: Seconds = DEFAULT_TIMEOUTS[Application.IPSEC_UDP]
-    ipsec_esp_udp: Seconds = DEFAULT_TIMEOUTS[Application.IPSEC_ESP_UDP]
+    ipsec_esp: Seconds = Field(default=DEFAULT_TIMEOUTS[Application.IPSEC_ESP], description="ESP in transit")
+    ipsec_udp: Seconds = Field(default=DEFAULT_TIMEOUTS[Application.IPSEC_UDP], description="tunnels that end here")
+    ipsec_esp_udp: Seconds = Field(
+        default=DEFAULT_TIMEOUTS[Application.IPSEC_ESP_UDP], description="ESP in UDP in transit"
+    )
     ike: Seconds = DEFAULT_TIMEOUTS[Application.IKE]
-    discard: Seconds = 60
+    discard: Seconds = Field(default=60, description="counted from the denial: packets do not prolong it")
 
 
 class Ageing(Section):
-    """From which table use on (percent) sessions age how many times as fast."""
+    """Accelerated ageing: when the table fills up, sessions without packets end sooner."""
 
-    threshold: int = Field(default=80, ge=1, le=100)
-    factor: int = Field(default=2, ge=1, le=16)
+    threshold: int = Field(default=80, ge=1, le=100, description="percent of max-sessions from which on it does")
+    factor: int = Field(default=2, ge=1, le=16, description="so many times as fast")
 
 
 class Limits(Section):
-    """How many sessions a packet from outside may open; announced tunnels are under no limit. 0: no limit."""
+    """Sessions that packets from outside may open, 0: no limit. Tunnels that strongSwan announces are under none."""
 
-    source: int = Field(default=8192, ge=0, le=1_000_000)
-    peers: int = Field(default=4096, ge=0, le=1_000_000)
-    half_open: int = Field(default=50, ge=0, le=100)
+    source: int = Field(default=8192, ge=0, le=1_000_000, description="of one source address (of one /64 with IPv6)")
+    peers: int = Field(default=4096, ge=0, le=1_000_000, description="between the same two addresses")
+    half_open: int = Field(
+        default=50,
+        ge=0,
+        le=100,
+        description="of strangers that nobody answered, in percent of max-sessions (IKE: half as many more); where"
+        ' packets are seen one way only, or with transit-ports = "spi", all are: raise it',
+    )
 
 
 class RuleSection(Section):
-    """One rule; a field left out, or `any` in it, matches everything."""
+    """Rules are tried in order; the first that matches decides. A key left out, or "any" in it, matches everything; an
+    empty list is refused. Without a rule in the file there is this one, and with one of yours it is gone.
+    """
 
-    name: Name
-    from_: Matches[Name] = [_ANY]
-    to: Matches[Name] = [_ANY]
-    source: Prefixes = [_ANY]
-    destination: Prefixes = [_ANY]
-    application: Matches[Literal["ipsec-esp", "ipsec-udp", "ipsec-esp-udp", "ike", "any"]] = ["any"]
-    action: Literal["allow", "deny"]
-    log_at_end: bool = True
-    log_at_start: bool = False
-    inspect: Literal["first-packet", "every-packet"] = "first-packet"
+    name: Name = Field(description="what sessions and the log say of it; no two have the same")
+    from_: Matches[Name] = Field(default=[_ANY], description="zones of the client")
+    to: Matches[Name] = Field(default=[_ANY], description="zones of the server")
+    source: Prefixes = Field(default=[_ANY], description="addresses or prefixes of the client, IPv4 or IPv6")
+    destination: Prefixes = Field(default=[_ANY], description="addresses or prefixes of the server")
+    application: Matches[Literal["ipsec-udp", "ipsec-esp", "ipsec-esp-udp", "ike", "any"]] = Field(
+        default=["any"],
+        description='"ipsec-udp" (the tunnel ends here), "ipsec-esp", "ipsec-esp-udp" (in transit), "ike", "any"',
+    )
+    action: Literal["allow", "deny"] = Field(description='"allow" or "deny"')
+    log_at_end: bool = Field(default=True, description="the traffic log gets a record when the session ends")
+    log_at_start: bool = Field(default=False, description="the traffic log gets one when it was let in or denied")
+    inspect: Literal["first-packet", "every-packet"] = Field(
+        default="first-packet",
+        description='"first-packet"; or "every-packet": its sessions are kept off the kernel\'s fast path',
+    )
 
     def build(self) -> Rule:
         """The rule as the core wants it."""
@@ -214,33 +265,33 @@ class RuleSection(Section):
 class DefaultRule(Section):
     """What happens to a session that no rule matches."""
 
-    name: Name = "interzone-default"
-    action: Literal["allow", "deny"] = "deny"
+    name: Name = Field(default="interzone-default", description="what sessions and the log say of it")
+    action: Literal["allow", "deny"] = Field(default="deny", description='"allow" or "deny"')
     log_at_end: bool = False
     log_at_start: bool = False
 
 
 class Vici(Section):
-    """Where strongSwan listens."""
+    """Where strongSwan listens. fwd's user has to be in the socket's group: README, Rights, and strongSwan."""
 
-    socket: SocketPath = "/run/charon.vici"
+    socket: AtStart[SocketPath] = "/run/charon.vici"
 
 
 class Control(Section):
     """Where fwctl asks, and who may. root and the user that fwd runs as may do everything."""
 
-    socket: SocketPath = "/run/fwd/control.sock"
-    read_groups: list[Name] = ["fwd"]
-    change_groups: list[Name] = []
+    socket: AtStart[SocketPath] = "/run/fwd/control.sock"
+    read_groups: list[Name] = Field(default=["fwd"], description="groups whose members may ask")
+    change_groups: list[Name] = Field(default=[], description="groups whose members may also clear sessions and reload")
 
 
 class Metrics(Section):
-    """Metrics for Prometheus, over HTTP: where, if anywhere, and for how many tunnels one by one."""
+    """Metrics for Prometheus, at http://.../metrics."""
 
     listen: Annotated[str, AfterValidator(_listen_address)] = Field(
         default="",
-        description="a loopback address and port (127.0.0.1:9469, [::1]:9469), which every user of this host can ask;"
-        ' or the path of a unix socket, which [control] read-groups may; "": nowhere',
+        description='"127.0.0.1:9469" or "[::1]:9469": every user of this host can ask; "/run/fwd/metrics.sock":'
+        ' [control] read-groups may; "": nobody',
     )
     tunnels: int = Field(
         default=256,
@@ -258,38 +309,42 @@ class Metrics(Section):
 
 
 class State(Section):
-    """Where fwd keeps what a successor goes on with, however it ends; an empty `file` keeps nothing."""
+    """What the next fwd goes on with, however this one ends."""
 
-    file: Annotated[str, AfterValidator(_state_path)] = "/run/fwd/state"
+    file: AtStart[Annotated[str, AfterValidator(_state_path)]] = Field(
+        default="/run/fwd/state", description='"" keeps nothing'
+    )
 
 
 class TrafficLog(Section):
     """Where each session that ended leaves a record, if its rule says `log-at-end`, and how many are kept."""
 
-    file: Annotated[str, AfterValidator(_state_path)] = Field(
+    file: AtStart[Annotated[str, AfterValidator(_state_path)]] = Field(
         default="/var/log/fwd/traffic", description='an SQLite file; "" keeps no log, and nothing is sent to syslog'
     )
-    max_size: int = Field(default=1024, ge=1, le=1_000_000, description="MiB; the oldest records make room")
-    max_age: int = Field(default=90, ge=1, le=36500, description="days; older records go")
-    journal: bool = Field(default=False, description="also send each record to the journal, with fields")
+    max_size: AtStart[int] = Field(default=1024, ge=1, le=1_000_000, description="MiB; the oldest records make room")
+    max_age: AtStart[int] = Field(default=90, ge=1, le=36500, description="days; older records go")
+    journal: AtStart[bool] = Field(default=False, description="also send each record to the journal, with fields")
 
 
 class Syslog(Section):
     """To which server the records of the traffic log go, in the order of PAN-OS's traffic log."""
 
-    server: Annotated[str, AfterValidator(_syslog_server)] = Field(
+    server: AtStart[Annotated[str, AfterValidator(_syslog_server)]] = Field(
         default="", description='"udp:192.0.2.9:514", "tcp:...", "tls:[2001:db8::9]:6514"; "": none'
     )
-    format: Literal["bsd", "ietf"] = Field(default="bsd", description="RFC 3164 or RFC 5424")
-    facility: Literal["user", "local0", "local1", "local2", "local3", "local4", "local5", "local6", "local7"] = "user"
-    tls_ca: Annotated[str, AfterValidator(_file_path)] = Field(
+    format: AtStart[Literal["bsd", "ietf"]] = Field(default="bsd", description='"bsd": RFC 3164, "ietf": RFC 5424')
+    facility: AtStart[
+        Literal["user", "local0", "local1", "local2", "local3", "local4", "local5", "local6", "local7"]
+    ] = "user"
+    tls_ca: AtStart[Annotated[str, AfterValidator(_file_path)]] = Field(
         default="", description="who signed the server's certificate (PEM); \"\": the system's authorities"
     )
-    tls_name: str = Field(default="", description='the name in the certificate; "": the address')
-    tls_certificate: Annotated[str, AfterValidator(_file_path)] = Field(
+    tls_name: AtStart[str] = Field(default="", description='the name in the certificate; "": the address')
+    tls_certificate: AtStart[Annotated[str, AfterValidator(_file_path)]] = Field(
         default="", description="fwd's own certificate, for a server that wants one (PEM)"
     )
-    tls_key: Annotated[str, AfterValidator(_file_path)] = Field(default="", description="its key (PEM)")
+    tls_key: AtStart[Annotated[str, AfterValidator(_file_path)]] = Field(default="", description="its key (PEM)")
 
     @property
     def endpoint(self) -> tuple[str, str, int] | None:
@@ -307,16 +362,35 @@ class Syslog(Section):
 class Log(Section):
     """What is logged."""
 
-    level: Literal["debug", "info", "warning", "error"] = "info"
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info",
+        description='"debug" tells of every session, "info" of tunnels, "warning" of troubles, "error" of defects',
+    )
 
 
 class Config(Section):
     """The whole file."""
 
     dataplane: Dataplane = Dataplane()
-    zones: dict[Name, list[Interface]] = {}
-    default_zone: Name = _ANY
-    rules: list[RuleSection] = Field(default_factory=lambda: [RuleSection(name="any-any", action="allow")])
+    zones: dict[Name, list[Interface]] = Field(
+        default={},
+        description='zone = interfaces, by name or shell pattern; the first that matches wins; no zone is named "any".',
+        examples=[{"trust": ["eth1", "veth*"], "untrust": ["eth0"]}],
+    )
+    default_zone: Name = Field(default=_ANY, description="the zone of an interface that no zone names")
+    rules: list[RuleSection] = Field(
+        default_factory=lambda: [RuleSection(name="any-any", action="allow")],
+        examples=[
+            {
+                "name": "branch-through",
+                "from": ["trust"],
+                "to": ["untrust"],
+                "source": ["198.51.100.0/24"],
+                "application": ["ipsec-esp", "ike"],
+                "action": "allow",
+            }
+        ],
+    )
     default_rule: DefaultRule = DefaultRule()
     timeouts: Timeouts = Timeouts()
     ageing: Ageing = Ageing()
@@ -330,32 +404,35 @@ class Config(Section):
     log: Log = Log()
 
     @model_validator(mode="after")
-    def _zones_agree(self) -> Config:
+    def _agrees(self) -> Config:
+        if wrong := [*self._wrong_zones(), *self._wrong_names()]:
+            raise Disagreement(wrong)
+        return self
+
+    def _wrong_zones(self) -> Iterator[tuple[Place, str]]:
         if _ANY in self.zones:
-            raise ValueError("zones.any: found a zone 'any', which means every zone; want another name")
+            yield ("zones", _ANY), "found a zone 'any', which means every zone; want another name"
         zone_of: dict[str, str] = {}
         for zone, patterns in self.zones.items():
             for pattern in patterns:
-                if zone_of.setdefault(pattern, zone) != zone:
-                    raise ValueError(
-                        f"zones.{zone}: found '{pattern}', which zone '{zone_of[pattern]}' has; want it in one zone"
-                    )
-        return self
+                if (owner := zone_of.setdefault(pattern, zone)) != zone:
+                    yield ("zones", zone), f"found '{pattern}', which zone '{owner}' has; want it in one zone"
 
-    @model_validator(mode="after")
-    def _names_agree(self) -> Config:
-        known = {*self.zones, self.default_zone, _ANY}
-        seen = {self.default_rule.name}
+    def _wrong_names(self) -> Iterator[tuple[Place, str]]:
+        known = sorted({*self.zones, self.default_zone, _ANY})
+        seen: dict[str, str] = {}
         for index, rule in enumerate(self.rules):
             if rule.name in seen:
-                raise ValueError(f"rules.{index}.name: found '{rule.name}' twice; want a name of its own")
-            seen.add(rule.name)
+                yield ("rules", index, "name"), f"found '{rule.name}', as {seen[rule.name]} is named; want another name"
+            seen.setdefault(rule.name, f"rules #{index + 1}")
             for key, zones in (("from", rule.from_), ("to", rule.to)):
                 for zone in zones:
                     if zone not in known:
-                        wanted = ", ".join(sorted(known))
-                        raise ValueError(f"rules.{index}.{key}: found zone '{zone}'; want one of {wanted}")
-        return self
+                        wanted = f"{nearest(zone, known)}want one of {', '.join(known)}, or name it in [zones]"
+                        yield ("rules", index, key), f"found zone '{zone}', which has no interface; {wanted}"
+        name = self.default_rule.name
+        if name in seen:
+            yield ("default-rule", "name"), f"found '{name}', as {seen[name]} is named; want another name"
 
     def settings(self) -> Settings:
         """What of it concerns the core."""
@@ -393,15 +470,13 @@ class Config(Section):
 
     def restart_keys(self) -> dict[str, object]:
         """The keys that only a start reads, with their values."""
+        values = self.model_dump(by_alias=True)
         return {
-            "dataplane.queue": self.dataplane.queue,
-            "dataplane.queue-length": self.dataplane.queue_length,
-            "dataplane.backend": self.dataplane.backend,
-            "vici.socket": self.vici.socket,
-            "control.socket": self.control.socket,
-            "state.file": self.state.file,
-            "traffic-log": self.traffic_log,
-            "syslog": self.syslog,
+            f"{table.name}.{key.name}": values[table.name][key.name]
+            for table in keys(Config)
+            if table.section is not None and not table.is_list
+            for key in keys(table.section)
+            if key.is_only_at_start
         }
 
 
@@ -409,73 +484,42 @@ def load(path: Path | None) -> Config:
     """Read and check a file; None means DEFAULT_PATH, which need not exist. Raises ConfigError."""
     source = path or DEFAULT_PATH
     try:
-        return Config.model_validate(tomllib.loads(_text(source)))
+        text = _text(source)
     except OSError as error:
         if path is None and isinstance(error, FileNotFoundError):
             return Config()
         raise ConfigError(f"{source}: {error.strerror}: give --config a file that can be read") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{source}: byte {error.start} is not UTF-8, which TOML wants") from None
+    try:
+        content = tomllib.loads(text)
+        return Config.model_validate(content)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source}: not TOML: {error}") from None
+        line, words = toml_lines.explain(error, text)
+        raise ConfigError(f"{source}:{line}: {words}") from None
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{source}: {line}" for line in explain(error, Config))) from None
+        raise ConfigError("\n".join(_problems(error, source, text, content))) from None
     except RecursionError:
         raise ConfigError(f"{source}: arrays or tables are nested too deeply") from None
     except ValueError:  # of all that TOML can say, Python's int() only takes offence at this
         raise ConfigError(f"{source}: a number has too many digits") from None
 
 
+def _problems(error: ValidationError, source: Path, text: str, content: object) -> Iterator[str]:
+    """A line for each thing wrong: file and line, the key, what was found, what is wanted."""
+    lines = toml_lines.Lines(text)
+    found = [(lines.find(place), place, words) for place, words in problems(error, Config)]
+    for line, place, words in sorted(found, key=lambda problem: problem[0] or 0):
+        yield f"{source}:{f'{line}:' if line else ''} {in_words(place, content)}: {words}"
+
+
 def _text(path: Path) -> str:
     """What is in a file, and in nothing that one may have to wait for. Raises OSError or UnicodeDecodeError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, encoding="utf-8") as file:
+    with open(descriptor, encoding="utf-8-sig") as file:  # editors of other systems put a mark in front
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(0, "not a regular file")
         return file.read()
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> Iterable[str]:
-    """What pydantic found wrong in a model, a line each: the key, what was found, what is wanted."""
-    for problem in error.errors(include_url=False):
-        key = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "value_error":  # raised by a validator here; one of the whole file names the key itself
-            message = str(problem["ctx"]["error"])
-            yield f"{key}: {message}" if key else message
-        elif problem["type"] == "extra_forbidden":
-            *section, name = problem["loc"]
-            yield f"{key}: no such key here; {_instead(str(name), _keys(model, section))}"
-        elif problem["type"] == "missing":
-            yield f"{key}: missing; it has no default"
-        else:
-            wanted = (
-                problem["msg"].replace("Input should be", "want").replace("String should", "want a string that can")
-            )
-            yield f"{key}: found {_shown(problem['input'])}; {wanted}"
-
-
-def _keys(model: type[BaseModel], path: Iterable[int | str]) -> Sequence[str]:
-    """The keys that there are at this place of a model."""
-    for part in path:
-        if isinstance(part, str):  # else it is one of a list
-            annotation = next(f.annotation for name, f in model.model_fields.items() if part in (f.alias, name))
-            kinds = (annotation, *get_args(annotation))
-            model = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _instead(name: str, keys: Sequence[str]) -> str:
-    there = f"there are: {', '.join(keys)}" if keys else "there are none"
-    near = difflib.get_close_matches(name, keys, 1)
-    return f"did you mean '{near[0]}'? {there}" if near else there
-
-
-def _shown(value: Any) -> str:
-    try:
-        text = repr(value)
-    except (RecursionError, ValueError):  # too deep, or a number of too many digits
-        return "too much to show"
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _unless_any(names: Iterable[str]) -> frozenset[str]:

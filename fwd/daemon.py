@@ -24,7 +24,7 @@ from pathlib import Path
 import click
 
 from . import __version__
-from .api import Api
+from .api import Api, no_log
 from .config import DEFAULT_PATH, Config, ConfigError, load
 from .core import records
 from .core.events import (
@@ -52,10 +52,13 @@ from .edge.nfqueue import PacketQueue, QueueError
 from .edge.queue_stats import UNREADABLE, is_readable, kernel_queue_stats
 from .edge.ruleset import Backend, Ruleset, RulesetError
 from .edge.state_file import StateError, StateFile
-from .edge.traffic_log import TrafficLog
+from .edge.traffic_log import LogError, LogReader, TrafficLog
 from .edge.vici import ViciListener
+from .log_entry import Entry
+from .log_filter import LogQuestion
 from .metrics import Figures, HostFigures, Metrics, expose
-from .rpc import CONFIGURATION_REFUSED, RpcError
+from .reference import default_config
+from .rpc import CONFIGURATION_REFUSED, NO_TRAFFIC_LOG, RpcError
 
 log = logging.getLogger("fwd")
 
@@ -131,6 +134,7 @@ class Daemon:
         self._state_in_words = "none by configuration"
         self._no_save_before = 0.0
         self._log: TrafficLog | None = None
+        self._log_reader = LogReader(Path(config.traffic_log.file))
         self._log_exports: list[LogExport] = []
         self._shown: tuple[Session, ...] = ()
         self._counted_before = dict.fromkeys(_EDGE_COUNTERS, 0)
@@ -146,6 +150,7 @@ class Daemon:
             self._take_edge_counts,
             self._refresh,
             self._reload_on_request,
+            self._page_of_log,
         )
         self._control = ControlServer(
             Path(config.control.socket), self._control_request, self._api.rights, _access(config)
@@ -394,6 +399,15 @@ class Daemon:
         self._firewall.note_logged(number)
         self._after_turn()
 
+    def _page_of_log(self, question: LogQuestion) -> tuple[list[Entry], int | None]:
+        """Raises RpcError."""
+        if self._log is None:
+            return no_log(question)
+        try:
+            return self._log_reader.page(question)
+        except LogError as error:
+            raise RpcError(NO_TRAFFIC_LOG, str(error)) from None
+
     def _hand_out_log(self) -> None:
         while self._log is not None and (records := self._firewall.take_log()):
             self._log.write(records, time.time() - time.monotonic())
@@ -589,6 +603,7 @@ class Daemon:
         self._save_all()
         for export in self._log_exports:
             export.stop(LOG_STOP_S)
+        self._log_reader.close()
 
     def _close_kernel(self) -> None:
         if self._kernel is not None:
@@ -749,9 +764,14 @@ def _set_up_logging(level: str) -> None:
     " in zone 'any', one rule 'any-any' that allows.",
 )
 @click.option("--check", is_flag=True, help="Only check the configuration: exit status 0, or 1 and why.")
+@click.option(
+    "--print-default-config",
+    is_flag=True,
+    help="Only print a configuration: every key, explained, with its default.",
+)
 @click.option("--remove-rules", is_flag=True, help="Only take out the netfilter rules that a killed fwd left behind.")
 @click.version_option(__version__, prog_name="fwd")
-def main(config_path: Path | None, check: bool, remove_rules: bool) -> None:
+def main(config_path: Path | None, check: bool, print_default_config: bool, remove_rules: bool) -> None:
     """The IPsec firewall daemon: decides on ESP, IKE and NAT-T packets and keeps their session table.
 
     It needs CAP_NET_ADMIN. It puts its own netfilter rules in place when it starts and takes them out when it is
@@ -761,11 +781,15 @@ def main(config_path: Path | None, check: bool, remove_rules: bool) -> None:
     or not at all. Ask it with fwctl.
 
     \b
+      fwd --print-default-config       what may be configured, to begin with
       fwd --check --config my.toml     is this file right?
       fwd --config my.toml             run in the foreground, log to stderr
       fwctl show session all           then, from another terminal
     """
     try:
+        if print_default_config:
+            click.echo(default_config(), nl=False)
+            return
         if remove_rules:
             Ruleset.remove()
             return
@@ -776,7 +800,9 @@ def main(config_path: Path | None, check: bool, remove_rules: bool) -> None:
             return
         _set_up_logging(config.log.level)
         sys.exit(asyncio.run(_run(config, config_path)))
-    except (ConfigError, ListenError, InterfaceError, QueueError, RulesetError, StateError) as error:
+    except ConfigError as error:
+        raise click.ClickException(f"{error}\n(fwd --print-default-config explains every key)") from None
+    except (InterfaceError, ListenError, QueueError, RulesetError, StateError) as error:
         raise click.ClickException(str(error)) from None
 
 

@@ -15,6 +15,7 @@ FORBIDDEN: Final = -32001
 BUSY: Final = -32002
 NO_SUCH_SESSION: Final = -32004
 CONFIGURATION_REFUSED: Final = -32005
+NO_TRAFFIC_LOG: Final = -32006
 
 DEFAULT_SOCKET: Final = "/run/fwd/control.sock"
 
@@ -67,6 +68,16 @@ FILTER_KEYS: Final = {
     "spi": FilterKey("SPI of either direction, those before a rekey included"),
     "tunnel": FilterKey("name of the CHILD_SA or of the IKE_SA", live="tunnel"),
     "ike-id": FilterKey("identity of either IKE peer", is_list=False),
+}
+
+#: What `show log traffic filter` understands: what it has in common with sessions, and what only an entry has.
+LOG_FILTER_KEYS: Final = {
+    "subtype": FilterKey(words=("end", "deny", "start")),
+    **{key: value for key, value in FILTER_KEYS.items() if key not in ("state", "type", "ike-id", "min-age")},
+    "action": FilterKey(words=("allow", "deny")),
+    "end-reason": FilterKey(words=("aged-out", "policy-deny", "tunnel-down", "cleared")),
+    "session": FilterKey("id of the session"),
+    "min-age": FilterKey("seconds from its start to its end, at least", is_list=False),
 }
 
 #: What `sort` understands.

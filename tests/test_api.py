@@ -114,7 +114,7 @@ def test_prefixes_of_both_ip_versions(api, bench):
         ("session.get", {"id": 99}, rpc.NO_SUCH_SESSION, "no session 99"),
         ("session.get", {"id": "1"}, rpc.INVALID_PARAMS, "session.get: id: found '1'; want a valid integer"),
         ("session.get", {}, rpc.INVALID_PARAMS, "id: missing"),
-        ("session.get", {"id": True}, rpc.INVALID_PARAMS, "id: found True"),
+        ("session.get", {"id": True}, rpc.INVALID_PARAMS, "id: found true"),
         ("session.list", {"limit": 10**9}, rpc.INVALID_PARAMS, "limit"),
         ("session.list", {"filter": {"colour": "red"}}, rpc.INVALID_PARAMS, "no filter key 'colour'"),
         ("session.list", {"filter": {"source": "x/99"}}, rpc.INVALID_PARAMS, "filter source: 'x/99' will not do"),

@@ -1,23 +1,12 @@
 import os
-import tomllib
+import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fwd.config import (
-    Ageing,
-    Config,
-    ConfigError,
-    Control,
-    Dataplane,
-    DefaultRule,
-    Log,
-    Timeouts,
-    Vici,
-    load,
-)
+from fwd.config import Config, ConfigError, load
 from fwd.core.limits import Bounds
 from fwd.core.policy import Action
 from fwd.core.settings import UnknownSpi
@@ -91,21 +80,27 @@ RULE = '[[rules]]\nname = "r"\naction = "allow"\n'
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("x = ", "/fwd.toml: not TOML: Invalid value (at end of document)"),
-        ("[dataplan]", "/fwd.toml: dataplan: no such key here"),
-        ("[dataplane]\nqueue = 70000", "dataplane.queue: found 70000; want less than or equal to 65535"),
-        ("[dataplane]\nqueue = '7'", "dataplane.queue: found '7'; want a valid integer"),
+        ("x = ", "/fwd.toml:1: not TOML: Invalid value: 'x ='; a text wants quotes"),
+        ("[dataplan]", "/fwd.toml:1: dataplan: no such key here; did you mean 'dataplane'?"),
+        (
+            "[dataplane]\nqueue = 70000",
+            ":2: dataplane.queue: found 70000; want a whole number from 0 to 65535",
+        ),
+        ("[dataplane]\nqueue = '7'", "dataplane.queue: found '7'; want a whole number from 0 to 65535, without quotes"),
         ("[dataplane]\nfail = 'ajar'", "dataplane.fail: found 'ajar'; want 'open' or 'closed'"),
-        ("[[rules]]\naction = 'allow'", "rules.0.name: missing"),
-        (RULE + "from = ['trsut']", "rules.0.from: found zone 'trsut'; want one of any"),
-        (RULE + "source = ['10.0.0.1/8']", "rules.0.source.0: found '10.0.0.1/8'; want an address or a prefix"),
-        (RULE + "application = ['ssh']", "rules.0.application.0: found 'ssh'; want 'ipsec-esp'"),
-        (RULE + RULE, "rules.1.name: found 'r' twice"),
-        (RULE + "source = []", "rules.0.source: found []; want one entry at least"),
-        (RULE + "from = []", "rules.0.from: found []; want one entry at least"),
-        (RULE + "to = []", "rules.0.to: found []; want one entry at least"),
-        (RULE + "application = []", "rules.0.application: found []; want one entry at least"),
-        (RULE + "destination = ['any', 'nonsense']", "rules.0.destination.1: found 'nonsense'; want an address"),
+        ("[[rules]]\naction = 'allow'", "/fwd.toml:1: rules #1, name: missing"),
+        (
+            RULE + "from = ['trsut']",
+            "4: rules #1 'r', from: found zone 'trsut', which has no interface; want one of any",
+        ),
+        (RULE + "source = ['10.0.0.1/8']", "rules #1 'r', source #1: found '10.0.0.1/8'; want an address or a prefix"),
+        (RULE + "application = ['ssh']", "rules #1 'r', application #1: found 'ssh'; want 'ipsec-udp', "),
+        (RULE + RULE, "/fwd.toml:5: rules #2 'r', name: found 'r', as rules #1 is named"),
+        (RULE + "source = []", "rules #1 'r', source: found []; want one entry at least"),
+        (RULE + "from = []", "rules #1 'r', from: found []; want one entry at least"),
+        (RULE + "to = []", "rules #1 'r', to: found []; want one entry at least"),
+        (RULE + "application = []", "rules #1 'r', application: found []; want one entry at least"),
+        (RULE + "destination = ['any', 'nonsense']", "rules #1 'r', destination #2: found 'nonsense'; want an address"),
         ("[zones]\nany = ['eth0']", "zones.any: found a zone 'any', which means every zone"),
         ("[zones]\na = ['e0']\nb = ['e1', 'e0']", "zones.b: found 'e0', which zone 'a' has; want it in one zone"),
         ("[control]\nsocket = 'here'", "control.socket: found 'here'; want a path from / on"),
@@ -122,8 +117,38 @@ RULE = '[[rules]]\nname = "r"\naction = "allow"\n'
         ("[metrics]\nlisten = '/run/'", "metrics.listen: found '/run/'; want a path from / on"),
         ("[metrics]\ntunnels = 5000", "metrics.tunnels: found 5000; want less than or equal to 4096"),
         ("[dataplane]\nqeue = 1", "dataplane.qeue: no such key here; did you mean 'queue'? there are: queue, queue-l"),
-        (RULE + "log_at_end = true", "rules.0.log_at_end: no such key here; did you mean 'log-at-end'?"),
-        ("colour = 1", "colour: no such key here; there are: dataplane, zones, default-zone"),
+        (RULE + "log_at_end = true", "rules #1 'r', log_at_end: no such key here; did you mean 'log-at-end'?"),
+        ("colour = 1", "/fwd.toml:1: colour: no such key here; there are: dataplane, zones, default-zone"),
+        ("queue = 20", "/fwd.toml:1: queue: no such key here; it belongs below [dataplane]"),
+        ("[vici]\ndefault-zone = 'x'", "/fwd.toml:2: vici.default-zone: no such key here; it belongs above the first"),
+        (
+            "[zones]\ndefault-zone = 'x'",
+            "zones.default-zone: found 'x'; want a list: [\"x\"], or to have default-zone",
+        ),
+        ("[zones]\ntrust = 'eth0'", "/fwd.toml:2: zones.trust: found 'eth0'; want a list: [\"eth0\"]"),
+        ("[zones]\ntrust = [1]", "/fwd.toml:2: zones.trust #1: found 1; want text in quotes"),
+        ("[rules]\nname = 'x'", "/fwd.toml:1: rules: found {'name': 'x'}; want [[rules]], a table with two brackets"),
+        ("[[vici]]\nsocket = 'x'", "/fwd.toml:1: vici: found [{'socket': 'x'}]; want [vici], a table"),
+        (RULE + "log-at-end = 'true'", "log-at-end: found 'true'; want true or false, without quotes"),
+        (RULE + "source = '::1'", "/fwd.toml:4: rules #1 'r', source: found '::1'; want a list: [\"::1\"]"),
+        (
+            RULE + "# here\n\nsource = [ # there\n'::1',\n\n'1.2'\n]\n\n",
+            "/fwd.toml:6: rules #1 'r', source #2: found '1.2'",
+        ),
+        (
+            RULE + "[zones]\ntrsut = []\n" + RULE.replace('"r"', '"s"') + "from = ['trust']",
+            "did you mean 'trsut'? want one of",
+        ),
+        ("[default-rule]\nname = 'any-any'", "/fwd.toml:2: default-rule.name: found 'any-any', as rules #1 is named"),
+        ("[[rules]]\nname = 'a b'\naction = 'deny'", "/fwd.toml:2: rules #1 'a b', name: found 'a b'; want a name"),
+        (
+            "[dataplane]\nqueue = 1\nqueue = 2",
+            "/fwd.toml:3: not TOML: Cannot overwrite a value: 'queue = 2'; the key is there twice",
+        ),
+        (
+            "[log]\n[zones]\n[log]",
+            "/fwd.toml:3: not TOML: Cannot declare ('log',) twice: '[log]'; the table is there twice",
+        ),
         ("x = " + "[" * 10_000, "/fwd.toml: arrays or tables are nested too deeply"),
         ("x = " + "9" * 5000, "/fwd.toml: a number has too many digits"),
         ("default-zone = 0x" + "f" * 5000, "default-zone: found too much to show; want"),
@@ -136,7 +161,7 @@ def test_errors_name_file_key_what_was_found_and_what_is_wanted(tmp_path, text, 
 
 def test_every_error_is_told_at_once(tmp_path):
     lines = refusal(tmp_path, "[dataplane]\nqueue = -1\nfail = 1\n").splitlines()
-    assert len(lines) == 2 and all(line.startswith("/fwd.toml: dataplane.") for line in lines)
+    assert len(lines) == 2 and all(re.match(r"/fwd.toml:[23]: dataplane\.", line) for line in lines)
 
 
 def test_a_file_that_cannot_be_read_is_a_clear_error(tmp_path):
@@ -171,15 +196,6 @@ def test_arbitrary_text_is_a_configuration_or_the_declared_error(tmp_path_factor
         load(path)
     except ConfigError as error:
         assert str(path) in str(error)
-
-
-def test_the_file_that_is_installed_says_what_the_defaults_are():
-    installed = Path(__file__).parents[1] / "systemd" / "fwd.toml"
-    assert load(installed) == Config()
-    sections = tomllib.loads(installed.read_text()).values()
-    keys = {key for section in sections if isinstance(section, dict) for key in section}
-    for section in (Dataplane, Timeouts, Ageing, DefaultRule, Vici, Control, Log):
-        assert {field.alias for field in section.model_fields.values()} <= keys
 
 
 @pytest.mark.parametrize(("percent", "sessions"), [(0, 0), (1, 1), (50, 10), (100, 20)])

@@ -165,6 +165,15 @@ class Client:
             sessions += self.call("session.list", ids=chosen, limit=_LIVE_PAGE, live=True)["sessions"]
         return {"sessions": sessions, "matched": ranking.matched, "measured_s": ranking.measured_s}
 
+    def logged(self, words: Mapping[str, str], **more: Any) -> Iterator[dict[str, Any]]:
+        """Entries of the traffic log that match, page by page; `more` is what `log.list` takes besides."""
+        after = None
+        while True:
+            page = self.call("log.list", filter=dict(words), after=after, **more)
+            yield from page["entries"]
+            if (after := page["next"]) is None:
+                return
+
     def session_count(self, words: Mapping[str, str]) -> dict[str, Any]:
         """How many sessions match the filter."""
         return self._whole("session.count", filter=dict(words))

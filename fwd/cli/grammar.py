@@ -13,6 +13,7 @@ zsh and fish, and the manual page all come from it.
 from __future__ import annotations
 
 import json
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +25,7 @@ from click.shell_completion import CompletionItem, ShellComplete
 
 from ..rpc import DEFAULT_SOCKET, FilterKey, LiveKind, RpcError
 from .client import Client, NoDaemon
+from .when import when
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 Item = CompletionItem[str]
@@ -110,6 +112,22 @@ class Number(click.ParamType[int]):
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Item]:
         """The numbers that the daemon has."""
         return _live(ctx, self.live, incomplete) if self.live else []
+
+
+class Moment(click.ParamType[float]):
+    """A time, in seconds since the epoch."""
+
+    name = "time"
+    hint = "<time>"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The time. Raises click.BadParameter."""
+        if isinstance(value, float):
+            return value
+        try:
+            return when(value, time.time())
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 class OneOf(click.ParamType[str]):

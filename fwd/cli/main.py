@@ -6,15 +6,17 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import click
 
 from .. import __version__
-from ..rpc import DEFAULT_SOCKET, FILTER_KEYS, INVALID_PARAMS, FilterKey, RpcError
+from ..rpc import DEFAULT_SOCKET, FILTER_KEYS, INVALID_PARAMS, LOG_FILTER_KEYS, FilterKey, RpcError
 from . import pipes, render
 from .client import Client, NoDaemon
-from .grammar import Asked, Group, Number, Text, argument, clause, filtered, json_option
+from .grammar import Asked, Group, Moment, Number, Text, argument, clause, filtered, json_option
 
 #: The width of a page that has none: nothing is broken or left out, for whoever searches in it.
 _NO_END = 10_000
@@ -54,6 +56,7 @@ def fwctl(context: click.Context, path: str, as_json: bool) -> None:
       fwctl show tunnel detail                        their health: control against data
       fwctl explain session 7                         why it is as it is, in sentences
       fwctl monitor                                   what happens, as it happens
+      fwctl show log traffic last-hour                sessions that ended
       fwctl show counter global                       what was counted, and dropped
       fwctl clear session id 7                        forget a session
       fwctl reload                                    read the configuration again
@@ -175,6 +178,49 @@ def show_tunnel_detail(asked: Asked, name: str | None) -> None:
     as its session can be read. Without NAME, what comes to this host under SPIs that strongSwan does not own follows.
     """
     asked.show(asked.client.tunnels(name), lambda answer: render.tunnel_detail(answer, _width()))
+
+
+@show.group("log")
+def show_log() -> None:
+    """Show what was logged."""
+
+
+@show_log.command("traffic")
+@filtered(LOG_FILTER_KEYS)
+@clause("since", type=Moment(), metavar="TIME", help="From then on: 20:00, 2026-11-25T20:00, or how long ago: 15m, 3d.")
+@clause("until", type=Moment(), metavar="TIME", help="Until then.")
+@clause("last-hour", is_flag=True, help="Since an hour ago.")
+@clause("last-day", is_flag=True, help="Since 24 hours ago.")
+@clause("forward", is_flag=True, help="The oldest first; else the newest.")
+@clause("limit", type=Number(1, 2**31 - 1), metavar="N", help="So many at most.")
+@json_option
+@click.pass_obj
+def show_log_traffic(
+    asked: Asked,
+    chosen: dict[str, str],
+    since: float | None,
+    until: float | None,
+    last_hour: bool,
+    last_day: bool,
+    forward: bool,
+    limit: int | None,
+) -> None:
+    """Show the traffic log: a record of each session that ended, if its rule logs at end; with --json, a line each.
+
+    \b
+      ... traffic last-hour
+      ... traffic filter end-reason tunnel-down,aged-out since 2026-11-25T03:00
+      ... traffic filter source 198.51.100.0/24 action deny limit 20
+      ... traffic filter spi 0x64f66f40
+    """
+    if [since is not None, last_hour, last_day].count(True) > 1:
+        raise click.UsageError("since, last-hour and last-day say the same thing: want one of them")
+    if last_hour or last_day:
+        since = time.time() - (3600 if last_hour else 86400)
+    direction = "forward" if forward else "backward"
+    entries = asked.client.logged(chosen, since=since, until=until, direction=direction)
+    found = entries if limit is None else islice(entries, limit)
+    _print_lines(map(json.dumps, found) if asked.as_json else render.log_rows(found))
 
 
 @show.group("system")

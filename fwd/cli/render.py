@@ -54,6 +54,49 @@ def session_rows(sessions: Iterable[Mapping[str, Any]]) -> Iterable[str]:
         yield _NO_SESSIONS
 
 
+# --- show log traffic -------------------------------------------------------------------------------------
+
+_LOG_FORM = "{:<20}{:<16}{:<16}{:<18}{}"
+_LOG_HEADER = (
+    _LOG_FORM.format("Time", "App", "From", "Src Port", "Source"),
+    _LOG_FORM.format("Rule", "Action", "To", "Dst Port", "Destination"),
+    _LOG_FORM.format("Session (Type)", "Packets", "Bytes", "End Reason", "Tunnel"),
+    "=" * 100,
+)
+
+
+def log_rows(entries: Iterable[Mapping[str, Any]]) -> Iterable[str]:
+    """`show log traffic`: three lines an entry; PAN-OS's two, and one of what it shows in its web interface only."""
+    is_first = True
+    for entry in entries:
+        if is_first:
+            yield from _LOG_HEADER
+            is_first = False
+        at = time.strftime("%Y/%m/%d %H:%M:%S", time.localtime(entry["time"]))
+        tunnel = f"{entry['ike_sa']}/{entry['child_sa']}" if entry["child_sa"] else ""
+        rows = (
+            (at, entry["application"], entry["source_zone"], entry["source_port"], entry["source"]),
+            (
+                entry["rule"],
+                entry["action"],
+                entry["destination_zone"],
+                entry["destination_port"],
+                entry["destination"],
+            ),
+            (
+                f"{entry['session']} ({entry['subtype']})",
+                entry["packets_c2s"] + entry["packets_s2c"],
+                entry["bytes_c2s"] + entry["bytes_s2c"],
+                entry["end_reason"],
+                tunnel,
+            ),
+        )
+        for row in rows:
+            yield _LOG_FORM.format(*(f"{value} " if len(f"{value}") >= 15 else value for value in row)).rstrip()
+    if is_first:
+        yield "No matching entries in the traffic log"
+
+
 # --- show session id --------------------------------------------------------------------------------------
 
 

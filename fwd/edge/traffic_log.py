@@ -15,10 +15,12 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from math import inf
 from pathlib import Path
 
 from ..core.traffic_log import LogRecord
 from ..log_entry import COLUMNS, Entry, entry_of
+from ..log_filter import LogQuestion
 from .folders import strangers_on_the_way
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,10 @@ _ROTATE_SLICE = 1000
 _VACUUM_PAGES = 512
 #: How long to wait for another one who writes to the file, in seconds.
 _BUSY_S = 5.0
+_READ_BUSY_S = 0.1
+#: Rows that one page looks at, at most: some 10 ms' worth.
+ROWS_LOOKED_AT = 1024
+_MAX_NUMBER = 2**63 - 1
 
 
 class LogError(Exception):
@@ -208,15 +214,76 @@ class TrafficLog:
         return gone == 0
 
 
-def open_log(path: Path, *, is_reader: bool = False) -> sqlite3.Connection:
-    """The log, as a database; one that is not there is made, unless it is to be read only.
+class LogReader:
+    """Reads the log under `path`, in pages, some 10 ms' worth each; it may be written meanwhile."""
 
-    Raises LogError, OSError or sqlite3.Error.
-    """
-    if is_reader:
-        database = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=_BUSY_S)
-        database.row_factory = sqlite3.Row
-        return database
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._database: sqlite3.Connection | None = None
+
+    def page(self, question: LogQuestion) -> tuple[list[Entry], int | None]:
+        """Entries that match, and what to go on after (None: that is all). There may be none, and yet more to come.
+
+        Where the clock was set back, times are out of order, and some are not found by them. Raises LogError.
+        """
+        try:
+            return self._page(question)
+        except sqlite3.Error as error:
+            self.close()
+            if not self._path.exists():  # nobody has written anything yet
+                return [], None
+            raise LogError(f"{self._path} cannot be read: {error}") from None
+
+    def _page(self, question: LogQuestion) -> tuple[list[Entry], int | None]:
+        if self._database is None:
+            self._database = sqlite3.connect(
+                f"{self._path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=_READ_BUSY_S
+            )
+            self._database.row_factory = sqlite3.Row
+        first = self._edge(">=", question.since, "ASC", 0)
+        last = self._edge("<=", question.until, "DESC", _MAX_NUMBER)
+        if first is None or last is None:
+            return [], None
+        if question.is_forward:
+            first = max(first, question.after + 1 if question.after is not None else 0)
+        elif question.after is not None:
+            last = min(last, question.after - 1)
+        order = "ASC" if question.is_forward else "DESC"
+        entries = []
+        number = None
+        rows = self._database.execute(
+            f"SELECT * FROM traffic WHERE number BETWEEN ? AND ? ORDER BY number {order} LIMIT ?",
+            (first, last, ROWS_LOOKED_AT),
+        ).fetchall()
+        since = question.since if question.since is not None else -inf
+        until = question.until if question.until is not None else inf
+        for row in rows:
+            number = row["number"]
+            if since <= row["time"] <= until and question.matches(row):
+                entries.append(dict(row))
+                if len(entries) == question.limit:
+                    return entries, number
+        return entries, number if len(rows) == ROWS_LOOKED_AT else None
+
+    def _edge(self, comparison: str, at: float | None, order: str, otherwise: int) -> int | None:
+        """The first or the last number of a time; None if there is nothing within it."""
+        if at is None:
+            return otherwise
+        assert self._database is not None
+        row = self._database.execute(
+            f"SELECT number FROM traffic WHERE time {comparison} ? ORDER BY time {order} LIMIT 1", (at,)
+        ).fetchone()
+        return None if row is None else row["number"]
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+
+
+def open_log(path: Path) -> sqlite3.Connection:
+    """The log, as a database to write to; one that is not there is made. Raises LogError, OSError or sqlite3.Error."""
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     if whose := strangers_on_the_way(path.parent):
         raise LogError(f"{whose}, who could put another file there: [traffic-log] file chooses another")

@@ -20,8 +20,9 @@ from fwd.core.policy import Action
 from fwd.core.state import EndReason
 from fwd.core.traffic_log import LogRecord, Subtype
 from fwd.edge.log_export import Journal, LogExport, SyslogServer
-from fwd.edge.traffic_log import TrafficLog, open_log
+from fwd.edge.traffic_log import LogError, LogReader, TrafficLog
 from fwd.log_entry import entry_of
+from fwd.log_filter import LogQuestion
 
 EPOCH = 1_700_000_000.0
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
@@ -108,13 +109,48 @@ def a_log(path: Path, **options):
         log.log.stop(5)
 
 
+def question(matches=lambda row: True, since=None, until=None, is_forward=True, after=None, limit=100):
+    return LogQuestion(matches, since, until, is_forward, after, limit)
+
+
+def read(reader: LogReader, **asked) -> list[int]:
+    """All that a reader finds, page by page."""
+    numbers: list[int] = []
+    after = None
+    while True:
+        entries, after = reader.page(question(after=after, **asked))
+        numbers += [entry["number"] for entry in entries]
+        if after is None:
+            return numbers
+
+
+def test_reading_in_pages_both_ways_by_time_and_by_what_matches(tmp_path):
+    with a_log(tmp_path / "traffic") as log:
+        log.log.write([record(number, at=float(number)) for number in range(1, 3001)], EPOCH)
+    reader = LogReader(log.path)
+    assert read(reader) == [*range(1, 3001)]
+    assert read(reader, is_forward=False) == [*range(3000, 0, -1)]
+    assert read(reader, since=EPOCH + 100, until=EPOCH + 110) == [*range(100, 111)]
+    assert read(reader, since=EPOCH + 100, until=EPOCH + 110, is_forward=False, limit=3) == [*range(110, 99, -1)]
+    assert read(reader, matches=lambda row: row["number"] in (5, 2900)) == [5, 2900]
+    assert read(reader, since=EPOCH + 9999) == [] and read(reader, until=EPOCH) == []
+    reader.close()
+
+
+def test_reading_what_is_not_there_or_broken(tmp_path):
+    reader = LogReader(tmp_path / "traffic")
+    assert reader.page(question()) == ([], None)
+    (tmp_path / "traffic").write_bytes(b"no database" * 1000)
+    with pytest.raises(LogError, match="cannot be read"):
+        reader.page(question())
+
+
 def test_what_is_written_is_there_with_all_its_columns(tmp_path):
     with a_log(tmp_path / "log" / "traffic") as log:
         log.write(7, 8)
         wait_until(lambda: log.written == 8)
-    with closing(open_log(log.path, is_reader=True)) as database:
-        rows = [dict(row) for row in database.execute("SELECT * FROM traffic")]
-    assert rows == [entry_of(record(number), EPOCH) for number in (7, 8)]
+    rows, more = LogReader(log.path).page(question())
+    assert more is None and rows == [entry_of(record(number), EPOCH) for number in (7, 8)]
     assert rows[0]["time"] == EPOCH + 100 and rows[0]["elapsed_s"] == 60 and rows[0]["spis_c2s"] == "1 1693871936"
     assert log.path.stat().st_mode & 0o777 == 0o600
 

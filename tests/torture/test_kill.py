@@ -104,3 +104,44 @@ def test_killed_at_any_instant(demo, fail, fast_path):
     print(json.dumps(figures))
     if folder := os.environ.get("FWD_FIGURES"):
         Path(folder, f"kill-{fail}-{fast_path}.json").write_text(json.dumps(figures))
+
+
+@pytest.mark.timeout(in_full(900, 120))
+def test_the_traffic_log_has_every_session_once(demo):
+    """Sessions begin and end by the dozen each second, fwd is killed meanwhile, and none is missing or there twice."""
+    chance = random.Random("log")
+    timeouts = '[dataplane]\ntransit-ports = "spi"\n[timeouts]\nipsec-esp = 1\nipsec-udp = 2\nike = 1\n'
+    config = default_config() + timeouts
+    fwd = demo.start_fwd(config)
+    demo.initiate("peer-v4")
+    kills = in_full(60, 5)
+    traffic = [
+        demo.start_ping("peer-v4", count=kills * 100, interval_s=0.05),
+        demo.start_source("site-a", A, B, count=kills * 2000, rate=100, spis=kills * 400),
+    ]
+    for _ in range(kills):
+        time.sleep(chance.uniform(0.5, 1.5))
+        if chance.random() < 0.5:
+            fwd.fwctl("clear", "session", "all", "filter", "application", "ipsec-udp")
+        os.kill(fwd.pid, signal.SIGKILL)
+        fwd.process.wait(10)
+        fwd = demo.start_fwd(config)
+    for process in traffic:
+        process.end()
+    demo.charon("fwd").terminate("peer-v4")
+    wait_for(lambda: not fwd.sessions(), "all sessions have ended", 30)
+    counters = look(demo)[1]
+    untold = counters["session_absorbed"] + counters["session_not_restored"]
+    wait_for(lambda: len(_logged(fwd)) >= counters["session_allocated"] - untold, "all is written", 10)
+    entries = _logged(fwd)
+    assert len(entries) == counters["session_allocated"] - untold > kills
+    assert len({entry["session"] for entry in entries}) == len({entry["number"] for entry in entries}) == len(entries)
+    packets = sum(entry["packets_c2s"] + entry["packets_s2c"] for entry in entries)
+    if not counters["session_not_restored"]:
+        assert packets == counters["pkt_session"]
+    assert counters["log_lost"] == counters["log_write_failed"] == 0
+    print(json.dumps({"kills": kills, "entries": len(entries), "not restored": counters["session_not_restored"]}))
+
+
+def _logged(fwd):
+    return [json.loads(line) for line in fwd.fwctl("show", "log", "traffic", "--json").stdout.splitlines()]
