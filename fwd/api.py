@@ -5,7 +5,7 @@ No I/O: the methods work on the core alone, so they are tested without a socket.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from heapq import nlargest, nsmallest
@@ -22,9 +22,10 @@ from .core.filter_value import FilterError
 from .core.firewall import Firewall
 from .core.limits import BY_PEERS, BY_SOURCE, HALF_OPEN
 from .core.session import Application, Session, SessionType
-from .core.session_filter import Predicate, build_filter
+from .core.session_filter import build_filter
 from .core.session_order import RATES, OrderError, value_of
 from .core.state import State
+from .core.table import MAX_ID
 from .log_filter import LogQuestion, build_log_filter
 from .rpc import INVALID_PARAMS, METHOD_NOT_FOUND, NO_SUCH_SESSION, NO_TRAFFIC_LOG, LiveKind, RpcError
 from .schema import explain
@@ -36,7 +37,7 @@ EVENTS_KEPT = 4096
 #: SPI pairs in one answer of `tunnel.detail`, about: each takes some 0.1 ms and 1 kB, a tunnel has 32 at most.
 PAIRS_PER_PAGE = 128
 
-#: Sessions, and events, that one page looks at, at most: some 5 to 10 ms with a filter, in which packets wait.
+#: Sessions, and events, that one page looks at, at most: some 2 to 5 ms with a filter, in which packets wait.
 LOOKED_AT_ONCE = 4096
 RANKED_AT_ONCE = 2048
 EVENTS_LOOKED_AT = 1024
@@ -57,6 +58,11 @@ LOGGED_PER_PAGE = 250
 
 #: Sessions of this host without a tunnel in an answer of `tunnel.detail`.
 STRANGERS_SHOWN = 32
+
+#: A page ends earlier when the look at sessions has taken so long, in seconds, for filters can be long. Between two
+#: glances at the clock there are so many.
+LOOK_S = 0.005
+LOOKS_A_GLANCE = 128
 
 SessionId = Annotated[int, Field(ge=1)]
 
@@ -101,9 +107,10 @@ class _One(_Params):
     id: SessionId
 
 
-class _Clear(_Params):
+class _Clear(_After):
     id: SessionId | None = None
     filter: dict[str, str] | None = None
+    until: Annotated[int, Field(ge=0)] | None = None
 
 
 class _Tunnels(_After):
@@ -215,10 +222,27 @@ class Api:
 
     # --- sessions -----------------------------------------------------------------------------------
 
-    def _matching(self, words: Mapping[str, str]) -> Callable[[Session], bool]:
-        predicate: Predicate = build_filter(words)
-        now = self._now()
-        return lambda session: predicate(session, now)
+    def _look(
+        self, words: Mapping[str, str], after: int, looks: int, *, most: int = 0, until: int = MAX_ID
+    ) -> tuple[list[Session], int | None]:
+        """What matches among the next sessions after an id, up to `until`, and what to go on after; None at the end.
+
+        Of those that match, `most` at most, if given. It looks at no more than `looks` sessions, nor for longer than
+        LOOK_S: packets wait meanwhile.
+        """
+        matches, began = build_filter(words), self._now()
+        found: list[Session] = []
+        last = after
+        for count, session in enumerate(self._firewall.table.after(after)):
+            if session.id > until:
+                break
+            is_late = count % LOOKS_A_GLANCE == LOOKS_A_GLANCE - 1 and self._now() - began > LOOK_S
+            if count == looks or is_late or (most and len(found) == most):
+                return found, last
+            last = session.id
+            if matches(session, began):
+                found.append(session)
+        return found, None
 
     def _session_list(self, params: _ListParams) -> JSON:
         """Sessions after an id, in the order of their ids. `next` is what to go on after, None at the end.
@@ -230,26 +254,18 @@ class Api:
         """
         if params.ids is not None:
             return self._sessions_named(params, params.ids)
-        matches = self._matching(params.filter)
-        limit = min(params.limit, SESSIONS_PER_PAGE)
-        page: list[Session] = []
-        following, last = None, params.after
-        for count, session in enumerate(self._firewall.table.after(params.after)):
-            if len(page) == limit or count == LOOKED_AT_ONCE:
-                following = last
-                break
-            last = session.id
-            if matches(session):
-                page.append(session)
+        page, following = self._look(
+            params.filter, params.after, LOOKED_AT_ONCE, most=min(params.limit, SESSIONS_PER_PAGE)
+        )
         return self._shown(page, following, params)
 
     def _sessions_named(self, params: _ListParams, ids: list[int]) -> JSON:
-        matches = self._matching(params.filter)
+        matches, now = build_filter(params.filter), self._now()
         limit = min(params.limit, SESSIONS_PER_PAGE)
         chosen = ids[params.after : params.after + limit]
         found = filter(None, map(self._firewall.table.live, chosen))
         following = params.after + limit if params.after + limit < len(ids) else None
-        return self._shown([session for session in found if matches(session)], following, params)
+        return self._shown([session for session in found if matches(session, now)], following, params)
 
     def _shown(self, page: list[Session], following: int | None, params: _ListParams) -> JSON:
         if params.live:
@@ -263,17 +279,17 @@ class Api:
     def _session_rank(self, params: _Rank) -> JSON:
         """The next sessions after an id in the order of `sort`: pairs of value and id, of equals the lower id first.
 
-        RANKED_AT_ONCE are looked at, and `next` is what to go on after, None at the end; who asks puts the pages
-        together. With `limit` no more than so many, and with `beyond` only those that come before that value: the last
-        of those that one has already. `matched` is how many match the filter. Rates are measured from the first time
-        that somebody sorts by them, `measured_s` seconds ago; until they are known they are taken for 0.
+        RANKED_AT_ONCE are looked at, at most, and `next` is what to go on after, None at the end; who asks puts the
+        pages together. With `limit` no more than so many, and with `beyond` only those that come before that value: the
+        last of those that one has already. `matched` is how many match the filter. Rates are measured from the first
+        time that somebody sorts by them, `measured_s` seconds ago; until they are known they are taken for 0.
         """
         firewall, now = self._firewall, self._now()
         if params.sort in RATES:
             firewall.rates.watch(now)
-        value, matches = value_of(params.sort), self._matching(params.filter)
-        page = list(islice(firewall.table.after(params.after), RANKED_AT_ONCE))
-        ranked = [(value(firewall, session, now), session.id) for session in page if matches(session)]
+        value = value_of(params.sort)
+        page, following = self._look(params.filter, params.after, RANKED_AT_ONCE)
+        ranked = [(value(firewall, session, now), session.id) for session in page]
         matched = len(ranked)
         if (beyond := params.beyond) is not None:
             if ranked and isinstance(beyond, str) is not isinstance(ranked[0][0], str):
@@ -288,15 +304,13 @@ class Api:
             "ranked": ranked,
             "matched": matched,
             "measured_s": firewall.rates.measured_s(now),
-            "next": page[-1].id if len(page) == RANKED_AT_ONCE else None,
+            "next": following,
         }
 
     def _session_count(self, params: _Counted) -> JSON:
         """How many of the next sessions after an id match; `next` is what to go on after, None at the end."""
-        matches = self._matching(params.filter)
-        page = list(islice(self._firewall.table.after(params.after), LOOKED_AT_ONCE))
-        following = page[-1].id if len(page) == LOOKED_AT_ONCE else None
-        return {"count": sum(map(matches, page)), "next": following}
+        found, following = self._look(params.filter, params.after, LOOKED_AT_ONCE)
+        return {"count": len(found), "next": following}
 
     def _session_get(self, params: _One) -> JSON:
         session = self._found(params.id, self._firewall.table.find(params.id))
@@ -304,14 +318,21 @@ class Api:
         return self._views.session(session, is_detailed=True)
 
     def _session_clear(self, params: _Clear) -> JSON:
+        """End one session, or the next ones after an id that match a filter.
+
+        `next` is what to go on after, None at the end. No session beyond `until` is ended; the first answer gives the
+        newest's id for the questions that follow: what comes after an ended one, a tunnel's next session say, stays.
+        """
         if (params.id is None) == (params.filter is None):
             raise RpcError(INVALID_PARAMS, "session.clear: give either an id or a filter (an empty one for all)")
+        until = self._firewall.table.last_id if params.until is None else params.until
+        following = None
         if params.id is not None:
             chosen = [self._found(params.id, self._firewall.table.live(params.id))]
         else:
-            chosen = list(filter(self._matching(params.filter or {}), self._firewall.table))
+            chosen, following = self._look(params.filter or {}, params.after, LOOKED_AT_ONCE, until=until)
         self._firewall.clear(chosen, self._now())
-        return {"cleared": len(chosen)}
+        return {"cleared": len(chosen), "next": following, "until": until}
 
     def _found(self, session_id: int, session: Session | None) -> Session:
         if session is None:
@@ -320,10 +341,15 @@ class Api:
 
     def _session_info(self, _: _Nothing) -> JSON:
         firewall, now = self._firewall, self._now()
-        # By identity: to look up a member of an enumeration takes longer than all the rest, and there may be 65,536.
-        flows = [session for session in firewall.table if session.type is not SessionType.PRED]
-        counts = Counter([id(session.application) for session in flows if session.state is not State.DISCARD])
-        active = {str(application): counts[id(application)] for application in Application}
+        active = dict.fromkeys(map(str, Application), 0)
+        discarded = predicted = 0
+        for (application, state, kind), count in firewall.table.tally.items():
+            if kind is SessionType.PRED:
+                predicted += count
+            elif state is State.DISCARD:
+                discarded += count
+            else:
+                active[application] += count
         settings = firewall.settings
         rate = firewall.counters.rate
         bounds = firewall.limits.bounds
@@ -332,9 +358,9 @@ class Api:
             "sessions_supported": firewall.table.capacity,
             "sessions_allocated": len(firewall.table),
             "active": active,
-            "predicted": len(firewall.table) - len(flows),
-            "discard": len(flows) - counts.total(),
-            "ended_readable": sum(1 for _ in firewall.table.ended),
+            "predicted": predicted,
+            "discard": discarded,
+            "ended_readable": firewall.table.ended_count,
             "utilization_percent": int(firewall.table.utilisation * 100),
             "created_since_start": firewall.counters.values["session_allocated"],
             "packet_rate": rate("pkt_recv", now),
@@ -373,7 +399,7 @@ class Api:
         first = self._event_count - len(self._events) + 1
         if params.after == -1 or params.after > self._event_count:
             return {"events": [], "next": self._event_count, "lost": 0}
-        matches = self._matching(params.filter)
+        matches, now = build_filter(params.filter), self._now()
         begin = max(params.after + 1, first)
         events = []
         number = params.after
@@ -381,7 +407,7 @@ class Api:
         for number, (at, happened, moment) in enumerate(looked_at, begin):
             event = as_it_was(happened, moment)
             about = event.session if not isinstance(event, ABOUT_NO_SESSION) else None
-            if not params.filter or (about is not None and matches(about)):
+            if not params.filter or (about is not None and matches(about, now)):
                 events.append(self._views.event(number, at, event))
                 if len(events) == min(params.limit, EVENTS_PER_PAGE):
                     break

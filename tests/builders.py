@@ -320,6 +320,8 @@ class Bench:
             unread += packets - element.kernel_packets
         assert self.offered == values["pkt_recv"] + values["pkt_unseen"] + unread
         self._check_limits()
+        kinds = Counter((session.application, session.state, session.type) for session in self.firewall.table)
+        assert kinds == +Counter(self.firewall.table.tally) and min(self.firewall.table.tally.values()) == 0
         self._check_totals()
         allocated = values["session_allocated"]
         gone = values["session_ended"] + values["session_absorbed"] + values["session_not_restored"]

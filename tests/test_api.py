@@ -1,3 +1,5 @@
+from itertools import count
+
 import pytest
 
 from fwd import api as api_module
@@ -209,7 +211,7 @@ def test_a_ranking_in_pages_gives_what_comes_before_what_is_known(api, bench, mo
     first = api.dispatch("session.rank", largest)
     assert (first["ranked"], first["matched"], first["next"]) == ([(2028, 1)], 2, 2)
     last = api.dispatch("session.rank", {**largest, "after": 2, "beyond": 2028})
-    assert (last["ranked"], last["matched"], last["next"]) == ([], 2, 4)
+    assert (last["ranked"], last["matched"], last["next"]) == ([], 2, None)
     assert api.dispatch("session.rank", {**largest, "after": 4})["next"] is None
     assert api.dispatch("session.rank", {"filter": {"state": "discard"}, "after": 2})["ranked"] == [(4, 4)]
 
@@ -264,7 +266,7 @@ def test_a_terminated_session_in_full(api):
 
 
 def test_clearing_says_how_many(api):
-    assert api.dispatch("session.clear", {"filter": {"application": "ipsec-esp"}}) == {"cleared": 2}
+    assert api.dispatch("session.clear", {"filter": {"application": "ipsec-esp"}})["cleared"] == 2
     ended = api.dispatch("session.get", {"id": 2})
     assert (ended["state"], ended["in_ager"], ended["time_to_live_s"], ended["end_reason"]) == (
         "INIT",
@@ -274,7 +276,25 @@ def test_clearing_says_how_many(api):
     )
     with pytest.raises(RpcError, match="no session 2"):
         api.dispatch("session.clear", {"id": 2})
-    assert api.dispatch("session.clear", {"filter": {}}) == {"cleared": 2}
+    assert api.dispatch("session.clear", {"filter": {}}) == {"cleared": 2, "next": None, "until": 4}
+
+
+def test_what_takes_an_ended_ones_place_is_not_cleared(api, bench, monkeypatch):
+    monkeypatch.setattr(api_module, "LOOKED_AT_ONCE", 2)
+    first = api.dispatch("session.clear", {"filter": {}})
+    assert first == {"cleared": 2, "next": 2, "until": 4}
+    second = api.dispatch("session.clear", {"filter": {}, "after": 2, "until": 4})
+    assert second == {"cleared": 2, "next": None, "until": 4}
+    (left,) = bench.firewall.table
+    assert left.id == 5 and left.sa == child_sa(), "the tunnel is still up: its next session waits"
+
+
+def test_a_look_ends_when_it_has_taken_long(api, bench, monkeypatch):
+    monkeypatch.setattr(api_module, "LOOKS_A_GLANCE", 2)
+    ticks = count(int(bench.now))
+    monkeypatch.setattr(api, "_now", lambda: next(ticks))
+    pages = [api.dispatch("session.count", {"after": after}) for after in (0, 1, 3)]
+    assert pages == [{"count": 1, "next": 1}, {"count": 1, "next": 2}, {"count": 1, "next": None}]
 
 
 def test_counts_and_tunnels_and_info(api, bench):
@@ -332,7 +352,7 @@ def test_long_counts_and_lists_come_in_pages(api, bench, monkeypatch):
     while after is not None:
         page = api.dispatch("session.count", {"after": after})
         counts, after = [*counts, page["count"]], page["next"]
-    assert counts == [2, 2, 0]
+    assert counts == [2, 2]
     bench.sas(SaSnapshot(tuple(child_sa(n, n + 100, reqid=n) for n in (9, 3, 7, 5))))
     bench.sas(SaDeleted(child_sa(9, 109, reqid=9)))
     first = api.dispatch("tunnel.list", {})

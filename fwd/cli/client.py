@@ -178,6 +178,15 @@ class Client:
         """How many sessions match the filter."""
         return self._whole("session.count", filter=dict(words))
 
+    def clear(self, words: Mapping[str, str]) -> int:
+        """End the sessions that match the filter and are there now; gives how many. Those before an error are ended."""
+        answer = self.call("session.clear", filter=dict(words))
+        count = int(answer["cleared"])
+        while (after := answer["next"]) is not None:
+            answer = self.call("session.clear", filter=dict(words), after=after, until=answer["until"])
+            count += answer["cleared"]
+        return count
+
     def sas(self) -> dict[str, Any]:
         """What `tunnel.list` says of all SAs."""
         return self._whole("tunnel.list")

@@ -319,10 +319,8 @@ def clear_session() -> None:
 @click.pass_obj
 def clear_session_id(asked: Asked, session_id: int) -> None:
     """End one session."""
-    asked.show(
-        asked.client.call("session.clear", id=session_id),
-        lambda answer: render.cleared(answer["cleared"], session_id),
-    )
+    asked.client.call("session.clear", id=session_id)
+    asked.show({"cleared": 1}, lambda answer: render.cleared(answer["cleared"], session_id))
 
 
 @clear_session.command("all")
@@ -336,9 +334,7 @@ def clear_session_all(asked: Asked, chosen: dict[str, str]) -> None:
       ... all filter application ipsec-esp state discard
       ... all filter source 198.51.100.0/24
     """
-    asked.show(
-        asked.client.call("session.clear", filter=chosen), lambda answer: render.cleared(answer["cleared"], None)
-    )
+    asked.show({"cleared": asked.client.clear(chosen)}, lambda answer: render.cleared(answer["cleared"], None))
 
 
 def _print_lines(lines: Iterable[str]) -> None:

@@ -252,7 +252,7 @@ class Firewall:
             zone = self._zone(ingress)
             self._promote(session, self.interfaces.name_of(ingress), zone, now)
         elif session.type is SessionType.PRED:  # its tunnel went down before its first packet came
-            session.type = SessionType.FLOW
+            session.begin_flow()
         if packet.kind is Kind.IKE and session.state is State.ACTIVE:
             self._note_ike(packet, flow, indev, outdev, now)
         counted = self._account(flow, packet, now)
@@ -1393,7 +1393,7 @@ class Firewall:
     def _promote(self, session: Session, interface: str, zone: str, now: float) -> None:
         """The first packet of an announced session: now the interface is certain, and the rule decides."""
         self._note(session)
-        session.type = SessionType.FLOW
+        session.begin_flow()
         session.ingress = session.egress = interface
         session.client.zone = session.server.zone = zone
         session.rule = self._rule(session.client, session.server, session.application)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
+from itertools import product
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from .constants import (
@@ -63,6 +64,15 @@ class SessionType(StrEnum):
 
     FLOW = "FLOW"
     PRED = "PRED"
+
+
+#: How many sessions there are of each application in each state and of each type.
+Tally: TypeAlias = dict[tuple[Application, State, SessionType], int]
+
+
+def empty_tally() -> Tally:
+    """None of any kind. A plain dict with all keys, because each session that is set up is counted."""
+    return dict.fromkeys(product(Application, State, SessionType), 0)
 
 
 class FlowKey(NamedTuple):
@@ -338,7 +348,8 @@ class Session:
     `egress` are interface names as of the first packet. `generations` are the CHILD_SAs of a tunnel that ends here,
     those that are gone included, the newest last, and `is_client_here` says whether this host initiated it.
     `udp_ports` are those of ESP in UDP, client first. `gate` is the IKE gate that it may have to pass.
-    `is_limited`: it counts towards the limits (limits.py).
+    `is_limited`: it counts towards the limits (limits.py). `tally` is where it is counted while it is in the table: so
+    state and type change by `move` and `begin_flow` alone.
     """
 
     id: int
@@ -367,6 +378,7 @@ class Session:
     udp_ports: tuple[int, int] | None = None
     gate: Gate | None = None
     is_limited: bool = False
+    tally: Tally | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.c2s.session = self.s2c.session = self
@@ -429,7 +441,17 @@ class Session:
 
     def move(self, trigger: Trigger) -> None:
         """Go to the next state. Raises IllegalTransition and changes nothing if the table has none."""
-        self.state = next_state(self.state, trigger)
+        self._become(next_state(self.state, trigger), self.type)
+
+    def begin_flow(self) -> None:
+        """Its first packet came."""
+        self._become(self.state, SessionType.FLOW)
+
+    def _become(self, state: State, type_: SessionType) -> None:
+        if self.tally is not None:
+            self.tally[self.application, self.state, self.type] -= 1
+            self.tally[self.application, state, type_] += 1
+        self.state, self.type = state, type_
 
     @property
     def is_decided(self) -> bool:

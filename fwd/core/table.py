@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeAlias
 
 from .sa import SpiKey
-from .session import Flow, FlowKey, Session
+from .session import Flow, FlowKey, Session, Tally, empty_tally
 from .state import Trigger
 
 Key: TypeAlias = FlowKey | SpiKey
@@ -42,6 +42,8 @@ class SessionTable:
         #: The ids of the live sessions in ascending order, among others that were.
         self._order: list[int] = []
         self.last_id = 0
+        #: How many live sessions there are of each kind: nobody has to look through the table for that.
+        self.tally: Tally = empty_tally()
         #: What a packet asks for, with no call in between: the flow that counts it, or None.
         self.lookup = self._flows.get
 
@@ -68,6 +70,11 @@ class SessionTable:
     def ended(self) -> Iterator[Session]:
         """Sessions that ended and are still readable, the oldest end first."""
         return (session for _, session in self._ended.values())
+
+    @property
+    def ended_count(self) -> int:
+        """How many these are."""
+        return len(self._ended)
 
     def ended_at(self, session_id: int) -> float | None:
         """When a session that is still readable ended, in monotonic seconds; None if it has not."""
@@ -99,7 +106,7 @@ class SessionTable:
             raise TableFull
         self.index(session, entries)
         session.move(Trigger.ALLOCATE)
-        self._live[session.id] = session
+        self._enter(session)
         # Ids ascend, but for those of sessions that take over a provisional one's.
         if not self._order or session.id > self._order[-1]:
             self._order.append(session.id)
@@ -116,8 +123,13 @@ class SessionTable:
             self._ended[session.id] = (ended_at, session)
             return
         self.index(session, entries)
-        self._live[session.id] = session
+        self._enter(session)
         self._order.append(session.id)
+
+    def _enter(self, session: Session) -> None:
+        self._live[session.id] = session
+        session.tally = self.tally
+        self.tally[session.application, session.state, session.type] += 1
 
     def index(self, session: Session, entries: Mapping[Key, Flow]) -> None:
         """Let further keys lead to the session, all or none. Raises KeyInUse and changes nothing."""
@@ -155,6 +167,8 @@ class SessionTable:
         """Take a live session out without a trace: its counts live on in another one."""
         self.unindex(session, session.keys)
         del self._live[session.id]
+        session.tally = None
+        self.tally[session.application, session.state, session.type] -= 1
         if len(self._order) > 2 * len(self._live) + _STALE_IDS:
             self._order = sorted(self._live)
 

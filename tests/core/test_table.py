@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -96,6 +98,7 @@ class TableMachine(RuleBasedStateMachine):
             return
         assert list(self.table) == list(self.live.values())
         assert len(self.table) == len(self.live)
+        assert +Counter(self.table.tally) == Counter((s.application, s.state, s.type) for s in self.live.values())
         for after in (0, 7, 15):
             assert [session.id for session in self.table.after(after)] == sorted(n for n in self.live if n > after)
         assert self.table.utilisation == len(self.live) / self.capacity
