@@ -115,7 +115,7 @@ RULE = '[[rules]]\nname = "r"\naction = "allow"\n'
         ("[metrics]\nlisten = '127.0.0.1:0'", "metrics.listen: found '127.0.0.1:0'; want"),
         ("[metrics]\nlisten = '::1:9469'", "metrics.listen: found '::1:9469'; want"),
         ("[metrics]\nlisten = '/run/'", "metrics.listen: found '/run/'; want a path from / on"),
-        ("[metrics]\ntunnels = 5000", "metrics.tunnels: found 5000; want less than or equal to 4096"),
+        ("[metrics]\ntunnels = 5000", "metrics.tunnels: found 5000; want a whole number from 0 to 4096"),
         ("[dataplane]\nqeue = 1", "dataplane.qeue: no such key here; did you mean 'queue'? there are: queue, queue-l"),
         (RULE + "log_at_end = true", "rules #1 'r', log_at_end: no such key here; did you mean 'log-at-end'?"),
         ("colour = 1", "/fwd.toml:1: colour: no such key here; there are: dataplane, zones, default-zone"),
