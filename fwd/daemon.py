@@ -24,7 +24,7 @@ from pathlib import Path
 import click
 
 from . import __version__
-from .api import Api, no_log
+from .api import Api
 from .config import DEFAULT_PATH, Config, ConfigError, load
 from .core import records
 from .core.events import (
@@ -46,19 +46,16 @@ from .edge.clients import Access, ListenError
 from .edge.control import ControlServer
 from .edge.interfaces import InterfaceError, InterfaceWatcher
 from .edge.kernel_path import KernelPath
-from .edge.log_export import Journal, LogExport, Receiver, SyslogServer
 from .edge.metrics import MetricsServer
 from .edge.nfqueue import PacketQueue, QueueError
 from .edge.queue_stats import UNREADABLE, is_readable, kernel_queue_stats
 from .edge.ruleset import Backend, Ruleset, RulesetError
 from .edge.state_file import StateError, StateFile
-from .edge.traffic_log import LogError, LogReader, TrafficLog
 from .edge.vici import ViciListener
-from .log_entry import Entry
-from .log_filter import LogQuestion
+from .log_keeper import LogKeeper
 from .metrics import Figures, HostFigures, Metrics, expose
 from .reference import default_config
-from .rpc import CONFIGURATION_REFUSED, NO_TRAFFIC_LOG, RpcError
+from .rpc import CONFIGURATION_REFUSED, RpcError
 
 log = logging.getLogger("fwd")
 
@@ -90,9 +87,6 @@ UNDECIDED_TRIES = 20
 #: After the state file could not be written, the next try comes so much later, in seconds.
 SAVE_RETRY_S = 5.0
 
-#: How long a stop waits for the disk and the syslog server to take the last records of the traffic log, in seconds.
-LOG_STOP_S = 2.0
-
 #: How often fwd looks whether its rules are still there, in seconds.
 GUARD_INTERVAL_S = 2.0
 #: In every so many of these looks iptables' chains are included, where there are any: programs have to be run for it.
@@ -117,6 +111,7 @@ class Daemon:
     def __init__(self, config: Config, config_path: Path | None) -> None:
         self._config = config
         self._config_path = config_path
+        self._loop = asyncio.get_running_loop()
         self._firewall = Firewall(config.settings(), time.monotonic())
         plane = config.dataplane
         self._queue = PacketQueue(
@@ -133,11 +128,9 @@ class Daemon:
         self._state = StateFile(Path(config.state.file), records.LAYOUT) if config.state.file else None
         self._state_in_words = "none by configuration"
         self._no_save_before = 0.0
-        self._log: TrafficLog | None = None
-        self._log_reader = LogReader(Path(config.traffic_log.file))
-        self._log_exports: list[LogExport] = []
         self._shown: tuple[Session, ...] = ()
         self._counted_before = dict.fromkeys(_EDGE_COUNTERS, 0)
+        self._log = LogKeeper(config, self._firewall, self._in_loop, self._logged)
         self._interfaces = InterfaceWatcher(self._interface_event)
         self._sa_events: deque[SaEvent] = deque()
         self._is_sa_turn_due = False
@@ -150,7 +143,7 @@ class Daemon:
             self._take_edge_counts,
             self._refresh,
             self._reload_on_request,
-            self._page_of_log,
+            self._log.page,
         )
         self._control = ControlServer(
             Path(config.control.socket), self._control_request, self._api.rights, _access(config)
@@ -167,7 +160,6 @@ class Daemon:
         self._is_reload_due = False
         self._is_handing_over = False
         self._is_blind = False
-        self._loop = asyncio.get_running_loop()
 
     async def run(self) -> int:
         """Work until a signal ends it; gives the exit status.
@@ -187,7 +179,7 @@ class Daemon:
             if self._stop.is_set():
                 return 0
             stack.callback(self._leave)
-            self._start_log()
+            self._log.start()
             log.info("rules installed: %s", self._ruleset.install())
             self._take_over()
             self._loop.add_reader(fd, self._packets)
@@ -337,55 +329,6 @@ class Daemon:
             self._no_save_before = now + SAVE_RETRY_S
             self._firewall.save_all(self._no_save_before)
 
-    def _start_log(self) -> None:
-        """Let the traffic log, and what sends it on, begin to work in their own threads."""
-        config, counters, syslog = self._config.traffic_log, self._firewall.counters, self._config.syslog
-        if not config.file:
-            return
-        path = Path(config.file)
-        receivers: dict[str, Receiver] = {}
-        if syslog.endpoint is not None:
-            receivers["syslog"] = SyslogServer(
-                syslog.endpoint,
-                socket.gethostname(),
-                syslog.facility,
-                is_ietf=syslog.format == "ietf",
-                tls=syslog.tls_context,
-                tls_name=syslog.tls_name,
-            )
-        if config.journal:
-            receivers["journal"] = Journal()
-
-        def rotated(count: int, unsent: int) -> None:
-            counters.add("log_rotated", count)
-            counters.add("log_not_sent", unsent)
-
-        failed, sent = self._in_loop(counters.add), self._in_loop(counters.add)
-        self._log = TrafficLog(
-            path,
-            config.max_size << 20,
-            config.max_age * 86400,
-            [*receivers],
-            self._in_loop(self._logged),
-            lambda: failed("log_write_failed"),
-            self._in_loop(rotated),
-        )
-        self._log_exports = [
-            LogExport(
-                name,
-                self._log,
-                path,
-                receiver,
-                lambda count: sent("log_sent", count),
-                lambda: failed("log_send_failed"),
-            )
-            for name, receiver in receivers.items()
-        ]
-        self._firewall.keeps_log = True
-        self._log.start()
-        for export in self._log_exports:
-            export.start()
-
     def _in_loop(self, work: Callable[..., None]) -> Callable[..., None]:
         """What another thread may call to have that done here."""
 
@@ -398,19 +341,6 @@ class Daemon:
     def _logged(self, number: int) -> None:
         self._firewall.note_logged(number)
         self._after_turn()
-
-    def _page_of_log(self, question: LogQuestion) -> tuple[list[Entry], int | None]:
-        """Raises RpcError."""
-        if self._log is None:
-            return no_log(question)
-        try:
-            return self._log_reader.page(question)
-        except LogError as error:
-            raise RpcError(NO_TRAFFIC_LOG, str(error)) from None
-
-    def _hand_out_log(self) -> None:
-        while self._log is not None and (records := self._firewall.take_log()):
-            self._log.write(records, time.time() - time.monotonic())
 
     def _packets(self) -> None:
         self._queue.turn(PACKETS_PER_TURN)
@@ -481,7 +411,7 @@ class Daemon:
             while (event := self._firewall.next_event()) is not None:
                 self._api.note_event(event)
                 _log_event(event)
-            self._hand_out_log()
+            self._log.hand_out()
         finally:
             deadline = max(self._firewall.next_deadline(), self._no_timer_before)
             if self._timer is None or deadline < self._timer.when():
@@ -584,7 +514,8 @@ class Daemon:
         self._after_turn()
         self._firewall.credit_all()
         self._save_all()
-        self._leave_log()
+        self._log.leave()
+        self._save_all()
         self._close_kernel()
         if self._state is not None:
             self._state.close()
@@ -592,18 +523,6 @@ class Daemon:
     def _save_all(self) -> None:
         while self._state is not None and self._firewall.has_changes and time.monotonic() >= self._no_save_before:
             self._save()
-
-    def _leave_log(self) -> None:
-        """Let the last records be written; what cannot be is in the state file, and a successor writes it."""
-        if self._log is None:
-            return
-        self._hand_out_log()
-        self._log.stop(LOG_STOP_S)
-        self._firewall.note_logged(self._log.written_number)
-        self._save_all()
-        for export in self._log_exports:
-            export.stop(LOG_STOP_S)
-        self._log_reader.close()
 
     def _close_kernel(self) -> None:
         if self._kernel is not None:
@@ -645,14 +564,6 @@ class Daemon:
             return "off by configuration"
         return f"{path.in_kernel} SPIs in the kernel, room for {path.capacity}"
 
-    def _log_in_words(self) -> str:
-        if self._log is None:
-            return "none by configuration"
-        trouble = f", cannot be written: {self._log.trouble}" if self._log.trouble else ""
-        for export in self._log_exports:
-            trouble += f"; {export.name} " + (f"cannot be reached: {export.trouble}" if export.trouble else "gets it")
-        return f"{self._config.traffic_log.file}, {self._firewall.traffic_log.waiting} records wait{trouble}"
-
     def _host(self) -> Mapping[str, object]:
         directory, plane = self._firewall.directory, self._config.dataplane
         stats = kernel_queue_stats(plane.queue)
@@ -670,7 +581,7 @@ class Daemon:
             "queue-rules": self._ruleset.description,
             "fast-path": self._fast_path_in_words(),
             "state-file": self._state_in_words,
-            "traffic-log": self._log_in_words(),
+            "traffic-log": self._log.in_words(),
             "metrics": self._metrics_in_words,
             "without-fwd": "packets pass (fail-open)" if plane.fail == "open" else "packets are dropped (fail-closed)",
             "strongswan": "connected" if directory.is_fresh else f"away: {directory.lost_reason}",

@@ -9,7 +9,7 @@ import csv
 import io
 import time
 from collections.abc import Mapping
-from ipaddress import ip_address
+from socket import AF_INET, AF_INET6, inet_ntop
 from typing import Any, Final, TypeAlias
 
 from .core.traffic_log import LogRecord
@@ -52,29 +52,29 @@ COLUMNS: Final[Mapping[str, str]] = {
 }
 
 
-def entry_of(record: LogRecord, epoch: float) -> Entry:
-    """A record as an entry; `epoch` is when the monotonic clock stood at 0, in seconds since the epoch.
+def row_of(record: LogRecord, epoch: float) -> tuple[Any, ...]:
+    """A record as values of the COLUMNS; `epoch` is when the monotonic clock stood at 0, in seconds since the epoch.
 
     NAT-T ports and SPIs are decimal numbers with a space between them, client's port and oldest SPI first.
     """
-    values = (
+    return (
         record.number,
         record.at + epoch,
-        str(record.subtype),
+        record.subtype.value,
         record.session_id,
         record.application,
         record.protocol,
-        str(ip_address(record.source)),
+        _address(record.source),
         record.source_port,
         record.source_zone,
-        str(ip_address(record.destination)),
+        _address(record.destination),
         record.destination_port,
         record.destination_zone,
         record.ingress,
         record.egress,
         record.rule,
-        str(record.action),
-        str(record.end_reason),
+        record.action.value,
+        record.end_reason.value,
         record.started_at + epoch,
         record.at - record.started_at,
         record.packets_c2s,
@@ -89,7 +89,15 @@ def entry_of(record: LogRecord, epoch: float) -> Entry:
         _joined(record.spis_c2s),
         _joined(record.spis_s2c),
     )
-    return dict(zip(COLUMNS, values, strict=True))
+
+
+def entry_of(record: LogRecord, epoch: float) -> Entry:
+    """The same by the columns' names."""
+    return dict(zip(COLUMNS, row_of(record, epoch), strict=True))
+
+
+def _address(octets: bytes) -> str:
+    return inet_ntop(AF_INET if len(octets) == 4 else AF_INET6, octets)
 
 
 def _joined(numbers: tuple[int, ...]) -> str:

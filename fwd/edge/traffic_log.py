@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from math import inf
 from pathlib import Path
+from typing import Any
 
 from ..core.traffic_log import LogRecord
-from ..log_entry import COLUMNS, Entry, entry_of
+from ..log_entry import COLUMNS, Entry, row_of
 from ..log_filter import LogQuestion
 from .folders import strangers_on_the_way
 
@@ -42,7 +43,7 @@ _CREATE = (
     f"PRAGMA application_id = {_APPLICATION}",
     f"PRAGMA user_version = {_LAYOUT}",
 )
-_INSERT = f"INSERT OR IGNORE INTO traffic VALUES ({', '.join(f':{name}' for name in COLUMNS)})"
+_INSERT = f"INSERT OR IGNORE INTO traffic VALUES ({', '.join('?' for _ in COLUMNS)})"
 _COMPANIONS = ("", "-wal", "-shm", "-journal")
 
 #: After a failure the next try comes so much later, and the log is looked at for what is too old so often, in seconds.
@@ -128,7 +129,7 @@ class TrafficLog:
 
     def _work(self) -> None:
         database: sqlite3.Connection | None = None
-        waiting: list[Entry] = []
+        waiting: list[tuple[Any, ...]] = []
         rotate_at = 0.0
         is_last = False
         while not self._leaving.is_set() and not (is_last and not waiting):
@@ -141,7 +142,7 @@ class TrafficLog:
                 if waiting:
                     with transaction(database):
                         database.executemany(_INSERT, waiting)
-                    self.written_number = waiting[-1]["number"]
+                    self.written_number = waiting[-1][0]
                     self._written(self.written_number)
                     waiting.clear()
                     self.tell_news()
@@ -161,13 +162,13 @@ class TrafficLog:
         if database is not None:
             database.close()
 
-    def _collect(self, waiting: list[Entry], timeout_s: float) -> bool:
+    def _collect(self, waiting: list[tuple[Any, ...]], timeout_s: float) -> bool:
         """Wait for what there is to write, so long at most; False: there will be nothing more."""
         with contextlib.suppress(queue.Empty):
             batch = self._batches.get(timeout=timeout_s)
             while batch is not None:
                 records, epoch = batch
-                waiting += [entry_of(record, epoch) for record in records]
+                waiting += [row_of(record, epoch) for record in records]
                 batch = self._batches.get_nowait()
             return False
         return True
