@@ -471,7 +471,8 @@ class Api:
         else:
             names = dict(islice(self._names(params.kind), NAMES_LOOKED_AT))
             found = ((name, meaning) for name, meaning in names.items() if name.startswith(params.prefix))
-        return {"values": list(islice(found, VALUES_OFFERED))}
+        values = list(islice(found, VALUES_OFFERED + 1))
+        return {"values": values[:VALUES_OFFERED], "more": len(values) > VALUES_OFFERED}
 
     def _names(self, kind: LiveKind) -> Iterator[tuple[str, str]]:
         firewall, settings = self._firewall, self._firewall.settings

@@ -199,7 +199,9 @@ def _live(ctx: click.Context, kind: LiveKind, prefix: str) -> list[Item]:
     path = ctx.find_root().params.get("path") or DEFAULT_SOCKET
     client = asked.client if asked else Client(path, LIVE_TIMEOUT_S)
     with suppress(NoDaemon, RpcError):
-        return [_item(value, meaning) for value, meaning in client.values(kind, prefix)]
+        values, are_more = client.values(kind, prefix)
+        more = [_item("...", "There are more: type how it begins.", kind=HINT)] if are_more else []
+        return [*(_item(value, meaning) for value, meaning in values), *more]
     return []
 
 
