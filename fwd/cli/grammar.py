@@ -39,6 +39,9 @@ LIVE_TIMEOUT_S = 0.5
 #: What may stand before the value of a filter key: all but that.
 _NOT = "not "
 
+#: What help says below the filter keys.
+HOW_VALUES_MATCH = "A value may be a list, a,b,c with no blanks: any of them. 'not' before it: none of them."
+
 #: Where a context keeps how far the words behind its command lead.
 _LINE = "fwctl.line"
 
@@ -483,9 +486,7 @@ class Command(_Spoken):
                 with formatter.section("Filter keys, any number of them (all must match)"):
                     formatter.write_dl([(key, known.meaning) for key, known in clause.keys.items()])
                     formatter.write_paragraph()
-                    formatter.write_text(
-                        "A value may be a list, a,b,c with no blanks: any of them. 'not' before it: none of them."
-                    )
+                    formatter.write_text(HOW_VALUES_MATCH)
         records = [
             param.get_help_record(ctx)
             for param in self.get_params(ctx)

@@ -39,6 +39,7 @@ def _width(otherwise: int = _NO_END) -> int:
 @click.option(
     "--socket",
     "path",
+    metavar="PATH",
     default=lambda: os.environ.get("FWD_SOCKET") or DEFAULT_SOCKET,
     help=f"Control socket of the daemon; default $FWD_SOCKET, else {DEFAULT_SOCKET}.",
 )

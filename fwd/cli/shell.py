@@ -56,7 +56,7 @@ class Shell:
     def __init__(self, tree: Group, path: str, as_json: bool = False) -> None:
         self._path = path
         self._asked = Asked(Client(path), as_json)
-        self._tree = Group(commands={**tree.commands, **self._own_words()})
+        self.tree = Group(commands={**tree.commands, **self._own_words()})
         self._is_paging = False
         self.is_over = False
 
@@ -110,7 +110,7 @@ class Shell:
             return 0
         try:
             with self._paged() if self._is_paging and self._may_be_long(words) else contextlib.nullcontext():
-                return run(self._tree, words, replace(self._asked), prefix)
+                return run(self.tree, words, replace(self._asked), prefix)
         except KeyboardInterrupt:
             return _INTERRUPTED
         except Exception as error:  # a defect; the shell and its connection go on
@@ -132,7 +132,7 @@ class Shell:
 
     def _may_be_long(self, words: Sequence[str]) -> bool:
         with contextlib.suppress(click.UsageError):
-            return pick(words[0], self._tree.commands) in _PAGED
+            return pick(words[0], self.tree.commands) in _PAGED
         return False
 
     @staticmethod
@@ -168,14 +168,16 @@ class Shell:
             return self._expected(line.words, line.last, Asked(client))
 
     def whole(self, line: Line) -> str | None:
-        """The word of the grammar that is meant by the beginning that is being typed, if it can only be one."""
+        """The word of the grammar that is meant by the beginning that is being typed, if it can only be one.
+
+        Where a value of the user's may stand, which is when there is a hint, it may be that.
+        """
         items = self._expected(line.words, line.last, Asked(_Nobody()))
-        words = [item.value for item in items if item.type != HINT]
-        return words[0] if line.last and len(words) == 1 else None
+        return items[0].value if line.last and len(items) == 1 and items[0].type != HINT else None
 
     def _expected(self, words: Sequence[str], last: str, asked: Asked) -> list[Item]:
         *before, current = split(words)
-        return expected(pipe if before else self._tree, current, last, asked)
+        return expected(pipe if before else self.tree, current, last, asked)
 
     def help(self, text: str) -> Iterable[str]:
         """What may come next behind a text, in lines."""
@@ -250,7 +252,7 @@ def _converse(shell: Shell) -> None:
     """Run what somebody types."""
     if os.environ.get("TERM", "") in _DUMB:
         shell.greet("? at the end of a line shows what may come next")
-        ask: Callable[[str], str] = input
+        ask: Callable[[str], str] = _ask_plainly
     else:
         shell.greet("Tab completes, ? shows what may come next")
         from .prompt import Prompt  # only who has a terminal waits until prompt_toolkit is loaded
@@ -263,10 +265,18 @@ def _converse(shell: Shell) -> None:
                 if not shell.is_over:
                     shell.execute(text)
         except KeyboardInterrupt:
-            click.echo()
+            pass
         except EOFError:
-            click.echo()
             return
+
+
+def _ask_plainly(prompt: str) -> str:
+    """What is typed, on a terminal that can do nothing. Raises EOFError at Ctrl-D, KeyboardInterrupt at Ctrl-C."""
+    try:
+        return input(prompt)
+    except (EOFError, KeyboardInterrupt):
+        click.echo()
+        raise
 
 
 def _user() -> str:

@@ -62,6 +62,9 @@ def typed(shell, tmp_path):
         ("e " + ENTER, "e "),
         ("ex " + ENTER, "ex "),
         ("exi " + ENTER, "exit "),
+        ("show session all fil state n act " + ENTER, "show session all filter state not active "),
+        ("show session all fil rule n " + ENTER, "show session all filter rule n "),
+        ("show session all fil spi 0x1 " + ENTER, "show session all filter spi 0x1 "),
         ("# show ses " + TAB + ENTER, "# show ses "),
     ],
 )
@@ -256,7 +259,8 @@ class Terminal:
             os.execv(FWCTL, [FWCTL])
         self._shown = ""
 
-    def press(self, keys):
+    def press(self, keys, while_editing=True):
+        self.wait_for(while_editing)
         self._shown = ""
         os.write(self._master, keys.encode())
 
@@ -271,9 +275,20 @@ class Terminal:
     def wait_for(self, is_editing):
         """Wait until keys are the prompt's, or the terminal's own, who knows Ctrl-C."""
         until = time.monotonic() + 10
-        while bool(termios.tcgetattr(self._master)[3] & termios.ICANON) is is_editing:
+        while self._is_editing() is not is_editing:
             assert time.monotonic() < until
             time.sleep(0.01)
+
+    def interrupt(self):
+        """Press Ctrl-C until it is heard: nobody does while a command is about to begin."""
+        until = time.monotonic() + 10
+        while not self._is_editing():
+            assert time.monotonic() < until
+            os.write(self._master, b"\x03")
+            time.sleep(0.05)
+
+    def _is_editing(self):
+        return not termios.tcgetattr(self._master)[3] & termios.ICANON
 
     def status(self):
         with contextlib.suppress(OSError):  # EIO: nobody has the other end any more
@@ -291,20 +306,16 @@ def test_on_a_terminal(tmp_path, small_bench):
         terminal.see(PROMPT)
         terminal.press("sh sess all | cou" + ENTER)
         terminal.see(r"Count: 24 lines")
-        terminal.see(PROMPT)
         terminal.press("monitor" + ENTER)
         terminal.wait_for(is_editing=False)
-        terminal.press("\x03")
-        terminal.see(PROMPT)
+        terminal.interrupt()
         terminal.press("show session id 4?")
         terminal.see(r"10\.0\.0\.3 -> ")
         terminal.press("\x03show session id 42" + ENTER)
         terminal.see(r"no session 42")
-        terminal.see(PROMPT)
         terminal.press("monitor" + ENTER)
         terminal.wait_for(is_editing=False)
     terminal.see(r"no fwd|fwd hung up")
-    terminal.see(PROMPT)
     terminal.press("show tunnel" + ENTER)
     terminal.see(r"no fwd on")
     with serving(path, small_bench):
@@ -312,7 +323,6 @@ def test_on_a_terminal(tmp_path, small_bench):
         terminal.see(r"10\.0\.0\.3\[20033\]")
         terminal.press("show map" + ENTER)
         terminal.see(r"No such command")
-        terminal.wait_for(is_editing=True)
         terminal.press("\x04")
         assert terminal.status() == 0
 
@@ -320,10 +330,9 @@ def test_on_a_terminal(tmp_path, small_bench):
 def test_on_a_dumb_terminal(tmp_path, small_daemon):
     terminal = Terminal(small_daemon, tmp_path, TERM="dumb")
     terminal.see(PROMPT)
-    terminal.press("show session id 4?\n")
+    terminal.press("show session id 4?\n", while_editing=False)
     terminal.see(r"10\.0\.0\.3 -> ")
-    terminal.see(PROMPT)
-    terminal.press("show session all | count\n")
+    terminal.press("show session all | count\n", while_editing=False)
     terminal.see(r"Count: 24 lines")
-    terminal.press("quit\n")
+    terminal.press("quit\n", while_editing=False)
     assert terminal.status() == 0
