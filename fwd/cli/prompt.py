@@ -13,10 +13,11 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.buffer import CompletionState
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, get_common_complete_suffix
 from prompt_toolkit.document import Document
-from prompt_toolkit.filters import completion_is_selected
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import completion_is_selected, has_focus
 from prompt_toolkit.history import History
 from prompt_toolkit.input import Input
-from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.key_binding import ConditionalKeyBindings, KeyBindings, KeyBindingsBase, KeyPressEvent
 from prompt_toolkit.output import Output
 from prompt_toolkit.styles import Style
 
@@ -103,7 +104,8 @@ class _Completer(Completer):
                 )
 
 
-def _keys(shell: Shell, completer: Completer) -> KeyBindings:
+def _keys(shell: Shell, completer: Completer) -> KeyBindingsBase:
+    """What keys do in a line; while history is searched they are letters."""
     keys = KeyBindings()
 
     @keys.add("?")
@@ -152,7 +154,7 @@ def _keys(shell: Shell, completer: Completer) -> KeyBindings:
         """Take what is selected in the menu; the line is not finished by it."""
         event.current_buffer.complete_state = None
 
-    return keys
+    return ConditionalKeyBindings(keys, has_focus(DEFAULT_BUFFER))
 
 
 # --- history ----------------------------------------------------------------------------------------------------

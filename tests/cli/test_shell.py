@@ -124,8 +124,9 @@ def test_history_outlives_the_shell(typed, tmp_path):
     for line in ("show tunnel", "show tunnel", "clear session id 3"):
         typed(line + ENTER)
     assert typed("show\x1b[A" + ENTER) == "show tunnel"
+    assert typed("\x12r ses" + ENTER + "\x05 | count" + ENTER) == "clear session id 3 | count"
     path = tmp_path / "state/history"
-    assert path.read_text() == "show tunnel\nclear session id 3\nshow tunnel\n"
+    assert path.read_text() == "show tunnel\nclear session id 3\nshow tunnel\nclear session id 3 | count\n"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
