@@ -366,18 +366,17 @@ class Syslog(Section):
 
 
 class Ipfix(Section):
-    """Where flow records go (RFC 7011), and how often. An empty `collector`: nowhere."""
+    """To which collector flow records of sessions go (IPFIX, RFC 7011), and how often."""
 
     collector: Annotated[str, AfterValidator(_collector)] = Field(
-        default="",
-        description='the collector: "udp:192.0.2.9:4739", "tcp:[2001:db8::9]:4739"; "": none',
+        default="", description='"udp:192.0.2.9:4739", "tcp:[2001:db8::9]:4739"; "": none'
     )
-    active_timeout: Seconds = Field(default=60, description="a session that goes on is told of so often, in seconds")
-    template_refresh: Seconds = Field(
-        default=300, description="over UDP, templates are sent again so often, in seconds"
+    active_timeout: Seconds = Field(
+        default=60, description="seconds after which a session that goes on is told of again"
     )
+    template_refresh: Seconds = Field(default=300, description="seconds after which templates are sent again, over UDP")
     observation_domain: int = Field(
-        default=1, ge=1, le=0xFFFFFFFF, description="what a collector tells several exporters of one host apart by"
+        default=1, ge=1, le=0xFFFFFFFF, description="what tells several fwds of one address apart"
     )
 
     @property

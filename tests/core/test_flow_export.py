@@ -323,7 +323,7 @@ def test_ended_sessions_wait_for_the_collector_longer_than_they_are_readable():
     collector.check_totals()
     bench.wait(1)
     bench.save()
-    assert not records.read(bench.saved)[2], "what was told is forgotten"
+    assert not records.read(bench.saved).sessions, "what was told is forgotten"
 
 
 def test_of_too_many_that_wait_the_oldest_are_given_up_and_counted():
@@ -385,7 +385,7 @@ def test_an_interface_that_is_gone_has_no_index(bench, collector):
 @pytest.mark.parametrize("octets", [b"", b"\x90", msgspec.msgpack.encode([1, [0, 0, 0], 0, [[1, b"x"]]])])
 def test_damaged_records_are_refused(octets):
     with pytest.raises(records.RecordError):
-        records.read_export({records.EXPORT_KEY: octets})
+        records.read({records.EXPORT_KEY: octets})
 
 
 def test_records_of_addresses_that_cannot_be_are_refused(bench, collector):
@@ -400,7 +400,7 @@ def test_records_of_addresses_that_cannot_be_are_refused(bench, collector):
     ):
         record = ExportRecord(0, (0, 0, 0), 0, (msgspec.structs.replace(delta, **wrong),))
         with pytest.raises(records.RecordError):
-            records.read_export({records.EXPORT_KEY: records.to_bytes(record)})
+            records.read({records.EXPORT_KEY: records.to_bytes(record)})
 
 
 @pytest.mark.parametrize("seed", range(6))
