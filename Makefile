@@ -20,7 +20,7 @@ COMPLETIONS := bash:bash-completion/completions/fwctl zsh:zsh/site-functions/_fw
 # To build netfilterqueue; to install rules; for the lab and its tests.
 BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev libnetfilter-queue-dev
 RUN_PACKAGES := nftables iptables
-LAB_PACKAGES := iproute2 iputils-ping procps tcpdump mmdebstrap systemd ethtool
+LAB_PACKAGES := iproute2 iputils-ping procps tcpdump mmdebstrap systemd ethtool nfdump
 
 define need
 	@missing=$$(for p in $(1); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
