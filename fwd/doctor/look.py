@@ -164,9 +164,7 @@ def _as_net_admin(me: Me, look_at: Callable[[], _T]) -> Callable[[], _T]:
 def _run(*command: str) -> str:
     """What a program prints. Raises CannotLook."""
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-        )
+        done = subprocess.run(command, input="", capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except FileNotFoundError:
         raise CannotLook(f"{command[0]} is not installed") from None
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -299,7 +297,7 @@ def _config(daemon: Running | Silence, way: Way, is_default: bool) -> Config | N
     if way.end is not None and not os.access(way.path, os.R_OK):
         raise CannotLook(f"{way.path}: permission denied", AS_ROOT)
     if way.end is None and isinstance(daemon, Silence) and daemon.is_denied:
-        raise CannotLook("which file fwd has read it only tells to those who may ask", AS_ROOT)
+        raise CannotLook("fwd tells only those who may ask which file it has read", AS_ROOT)
     return load(None if is_default else Path(way.path))
 
 
@@ -365,7 +363,9 @@ def _text(path: str | Path) -> str:
 def _trial(daemon: Running | Silence, settings: Callable[[], Config], is_root: bool) -> Trial | None:
     if isinstance(daemon, Running):
         return None
-    backend = settings().dataplane.backend
+    backend = "auto"
+    with suppress(CannotLook):
+        backend = settings().dataplane.backend
     unshare = ["unshare", "--net", *([] if is_root else ["--user", "--map-root-user"])]
     try:
         return Trial(**json.loads(_run(*unshare, sys.executable, "-m", f"{__package__}.trial", backend)))
