@@ -624,7 +624,10 @@ def diagnosis(answer: Mapping[str, Any], width: int = _PAGE) -> str:
         level = finding["level"]
         name = f"{finding['check']}: " if level == "unknown" else ""
         first, *others = _wrapped(f"  {level:<9}{name}{finding['text']}", width, 11)
-        lines += [first.replace(level, click.style(level, fg=_COLOURS[level], bold=level == "problem"), 1), *others]
+        lines += [
+            first.replace(level, click.style(level, fg=_COLOURS[level], bold=level == "problem" or None), 1),
+            *others,
+        ]
         if finding["action"]:
             lines.append(f"{'':11}-> {finding['action']}")
     counts = Counter(finding["level"] for finding in answer["findings"])

@@ -202,9 +202,8 @@ def _troubles(facts: Facts) -> Iterator[Told]:
     if isinstance(facts.daemon, Silence):
         return
     for name, value in facts.daemon.info.items():
-        if name != "strongswan" and (
-            "cannot be" in f"{value}" or (name == "state-file" and str(value).startswith("none: "))
-        ):
+        is_none = f"{value}".startswith("none: ") and name != "fast-path"
+        if is_none or ("cannot be" in f"{value}" and name != "strongswan"):
             yield Told(WARNING, f"{name}: {value}", _JOURNAL)
         elif f"{value}".startswith("unknown: ") and "chgrp" in str(value):
             yield Told(NOTE, f"{name}: {value}", "sudo chgrp fwd /proc/net/netfilter/nfnetlink_queue")
@@ -233,8 +232,9 @@ _COUNTERS = {
     "flow_limit_half_open": (NOTE, "packets refused: too many sessions unanswered ([limits] half-open)", _FOLLOW),
 }
 
-#: What is the traffic's affair, or a client's.
-_EVERYDAY = ("tunnel_", "flow_parse_", "flow_policy_", "flow_ike_gate_", "pkt_", "ike_", "session_", "sa_", "control_")
+#: What is a client's affair, or the traffic's.
+_OF_CLIENTS = ("control_", "metrics_")
+_EVERYDAY = ("tunnel_", "flow_parse_", "flow_policy_", "flow_ike_", "pkt_", "ike_", "session_", "sa_", *_OF_CLIENTS)
 
 
 @_check("daemon", "counters")

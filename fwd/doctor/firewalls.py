@@ -36,7 +36,6 @@ _HOOKS = ("prerouting", "input", "forward", "output", "postrouting")
 _TARGETS = {"ACCEPT": "accept", "DROP": "drop", "REJECT": "drop", "RETURN": "return", "NFQUEUE": "queue"}
 #: nft's names of what is inside of IP; "th" is whatever has ports.
 _PROTOCOLS = frozenset({"th", "tcp", "udp", "udplite", "sctp", "dccp", "icmp", "icmpv6", "igmp", "ah", "comp"})
-_DEPTH = 16  # NF_JUMP_STACK_SIZE (net/netfilter/nf_tables.h)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +75,7 @@ class Chain:
 
 
 class Passes(IntEnum):
-    """Whether some packets of a kind pass before they are dropped."""
+    """By what some packets of a kind pass."""
 
     NONE = 0
     PERHAPS = 1  # by address or interface, say, whatever they are
@@ -85,7 +84,7 @@ class Passes(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Fate:
-    """What becomes of a kind of packet (accept, queue, drop; None: the chain does not say), and what passes before."""
+    """What becomes of a kind of packet (accept, queue, drop; None: the chain does not say), and by what some pass."""
 
     verdict: str | None
     passes: Passes
@@ -94,11 +93,20 @@ class Fate:
 def fate(chains: Iterable[Chain], chain: Chain, kind: Kind) -> Fate:
     """What a base chain does with packets of a kind."""
     named = {other.name: other for other in chains if (other.program, other.table) == (chain.program, chain.table)}
-    found = _fate(named, chain, kind, 0)
+    found = _fate(named, chain, kind, {})
     return found if found.verdict else Fate(chain.policy, found.passes)
 
 
-def _fate(chains: Mapping[str, Chain], chain: Chain, kind: Kind, depth: int) -> Fate:
+def _fate(chains: Mapping[str, Chain], chain: Chain, kind: Kind, known: dict[str, Fate]) -> Fate:
+    """The same for any chain. What is `known` of others is not found out again; a loop leads nowhere."""
+    if chain.name in known:
+        return known[chain.name]
+    known[chain.name] = Fate(None, Passes.NONE)
+    known[chain.name] = found = _walk(chains, chain, kind, known)
+    return found
+
+
+def _walk(chains: Mapping[str, Chain], chain: Chain, kind: Kind, known: dict[str, Fate]) -> Fate:
     passes = Passes.NONE
     for rule in chain.rules:
         holds = rule.holds[kind]
@@ -107,17 +115,16 @@ def _fate(chains: Mapping[str, Chain], chain: Chain, kind: Kind, depth: int) -> 
         verdict: str | None = rule.does
         by = Passes.BY_NAME if rule.names_ipsec else Passes.PERHAPS
         if rule.does in ("jump", "goto"):
-            target = chains.get(rule.target)
-            if target is None or depth == _DEPTH:
+            if rule.target not in chains:
                 continue
-            found = _fate(chains, target, kind, depth + 1)
+            found = _fate(chains, chains[rule.target], kind, known)
             if found.passes:
                 passes = max(passes, by, found.passes)
             verdict = found.verdict or ("return" if rule.does == "goto" else None)
+        elif verdict in ("accept", "queue"):
+            passes = max(passes, by)
         if verdict in ("accept", "queue", "drop", "return") and holds:
             return Fate(None if verdict == "return" else verdict, passes)
-        if verdict in ("accept", "queue"):
-            passes = max(passes, by)
     return Fate(None, passes)
 
 
@@ -254,9 +261,11 @@ def iptables_chains(program: str, saved: str) -> list[Chain]:
     """The chains in what iptables-save prints; `program` is whose they are, such as `iptables`."""
     chains: dict[tuple[str, str], Chain] = {}
     table = ""
+    names: set[str] = set()
     for line in saved.splitlines():
         if line.startswith("*"):
             table = line[1:].strip()
+            names.clear()
         elif line.startswith(":"):
             name, policy, *_ = line[1:].split()
             chain = Chain(program, table, name)
@@ -266,7 +275,9 @@ def iptables_chains(program: str, saved: str) -> list[Chain]:
                 chain.priority, chain.policy = _PRIORITIES.get(table, 0), policy.lower()
             chains[table, name] = chain
         elif line.startswith("-A "):
-            name, rule = _iptables_rule(shlex.split(line)[1:], {chain for of, chain in chains if of == table})
+            name, rule = _iptables_rule(
+                (shlex.split(line) if '"' in line else line.split())[1:], {chain for of, chain in chains if of == table}
+            )
             if (table, name) in chains:
                 chains[table, name].rules.append(rule)
     return list(chains.values())

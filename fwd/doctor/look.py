@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from .. import __version__
 from ..cli.client import Client, NoDaemon
 from ..config import DEFAULT_PATH, Config, ConfigError, load
-from ..edge.control import Access
+from ..edge.clients import Access
 from ..edge.folders import strangers_on_the_way
 from ..edge.queue_stats import kernel_queue_stats, queue_reader
 from ..edge.ruleset import TABLE, present

@@ -174,6 +174,7 @@ STATES = [
     ({"daemon": running(traffic_log="/x, 9 records wait, cannot be written: No space left")}, "warning",
      "cannot be written: No space left", "journalctl"),
     ({"daemon": running(state_file="none: /run is full")}, "warning", "none: /run is full", "journalctl"),
+    ({"daemon": running(metrics="none: the port is taken")}, "warning", "port is taken", "journalctl"),
     ({"daemon": running(queue_waiting="unknown: x is root's; 'chgrp fwd x' lets fwd's group read it")}, "note",
      "queue-waiting: unknown", "chgrp fwd"),
     ({"daemon": Running(INFO, counters(queue_kernel_drop=5))}, "warning", "queue_kernel_drop 5: packets", "counter"),

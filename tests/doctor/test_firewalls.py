@@ -23,10 +23,11 @@ def chains_of(nft):
 
 def fates(chains, name="input"):
     (chain,) = (chain for chain in chains if chain.name == name)
-    return [(found.verdict, found.passes) for found in (fate(chains, chain, kind) for kind in KINDS)]
+    found = [fate(chains, chain, kind) for kind in KINDS]
+    return [(one.verdict, one.passes) if one.verdict == "drop" else one.verdict for one in found]
 
 
-ACCEPTED, DROPPED = ("accept", Passes.NONE), ("drop", Passes.NONE)
+ACCEPTED, DROPPED = "accept", ("drop", Passes.NONE)
 FOR_SOME, BY_NAME = ("drop", Passes.PERHAPS), ("drop", Passes.BY_NAME)
 
 
@@ -46,7 +47,8 @@ FOR_SOME, BY_NAME = ("drop", Passes.PERHAPS), ("drop", Passes.BY_NAME)
         ("meta l4proto vmap { esp : accept, udp : jump more }", [ACCEPTED, DROPPED, ACCEPTED]),
         ("udp dport vmap { 500 : drop, 4000-5000 : accept }; accept", [ACCEPTED, DROPPED, ACCEPTED]),
         ("ct state vmap { established : accept, invalid : drop }; goto more", [DROPPED, DROPPED, ACCEPTED]),
-        ("iifname eth0 jump more; udp dport 4500 limit rate 5/second accept", [DROPPED, DROPPED, BY_NAME]),
+        ("udp dport 4500 limit rate 5/second accept", [DROPPED, DROPPED, BY_NAME]),
+        ("iifname eth0 goto more", [DROPPED, DROPPED, BY_NAME]),  # as firewalld's zones
         ("ct state { new, untracked } udp dport 500 accept", [DROPPED, ACCEPTED, DROPPED]),
         ("esp spi 7 accept; reject", [BY_NAME, DROPPED, DROPPED]),
     ],
@@ -101,7 +103,7 @@ def test_what_only_newer_kernels_have_is_read():
         ("! -p udp -j DROP; -g MORE", [DROPPED, ACCEPTED, DROPPED]),
         ('-m socket --transparent -j ACCEPT; -m comment --comment "a -j b" -j LOG; -p esp -j REJECT', [FOR_SOME] * 3),
         ("-p udp -m udp ! --dport 500 -j ACCEPT", [DROPPED, DROPPED, ACCEPTED]),
-        ("-p esp -j NFQUEUE --queue-num 7", [("queue", Passes.NONE), DROPPED, DROPPED]),
+        ("-p esp -j NFQUEUE --queue-num 7", ["queue", DROPPED, DROPPED]),
     ],
 )
 def test_a_packets_fate_in_iptables(rules, wanted):
@@ -131,3 +133,10 @@ def test_what_else_iptables_does_is_seen():
 def test_chains_that_lead_to_each_other_come_to_an_end():
     saved = "*filter\n:INPUT DROP [0:0]\n:A - [0:0]\n:B - [0:0]\n-A INPUT -j A\n-A A -j B\n-A B -j A\nCOMMIT\n"
     assert fates(iptables_chains("iptables", saved), "INPUT") == [DROPPED] * 3
+
+
+def test_chains_of_chains_are_looked_at_once():
+    leads = [f"-A C{number} -s 192.0.2.1 -j C{number + 1}\n-A C{number} -j C{number + 1}" for number in range(40)]
+    names = [f":C{number} - [0:0]" for number in range(41)]
+    saved = ["*filter", ":INPUT DROP [0:0]", *names, "-A INPUT -j C0", *leads, "-A C40 -p esp -j ACCEPT", "COMMIT"]
+    assert fates(iptables_chains("iptables", "\n".join(saved)), "INPUT") == [ACCEPTED, DROPPED, DROPPED]
