@@ -67,7 +67,7 @@ bench: $(READY)
 
 # Only what needs neither root nor a lab.
 unit: $(READY)
-	$(VENV)/bin/python -m pytest tests/core tests/cli tests/test_api.py tests/test_config.py tests/test_daemon.py
+	$(VENV)/bin/python -m pytest tests/core tests/cli tests/doctor tests/test_api.py tests/test_config.py tests/test_daemon.py
 
 install:
 	$(call need,$(BUILD_PACKAGES) $(RUN_PACKAGES))
