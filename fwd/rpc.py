@@ -97,6 +97,7 @@ SORT_KEYS: Final = {
     "application": "name of the application",
     "state": "state",
     "rule": "name of the rule",
+    "trouble": "how many things are wrong with it, when it was last looked at; that it is discarded is one",
 }
 
 

@@ -144,6 +144,18 @@ def shell(name: str, host: str, command: tuple[str, ...]) -> None:
     os.execvpe(words[0], words, environment)
 
 
+@lab.command()
+@click.argument("path", type=click.Path(dir_okay=False, path_type=Path), default=Path("docs/top.svg"))
+@click.option("--columns", default=120, help="Width of the screen.")
+@click.option("--lines", default=26, help="Height of the screen.")
+@_plainly
+def picture(path: Path, columns: int, lines: int) -> None:
+    """Draw the README's picture of `fwctl top`: on real tunnels, in two minutes."""
+    from .picture import draw  # which loads the library of the screen
+
+    draw(path, columns, lines)
+
+
 @lab.command("list")
 @_plainly
 def list_() -> None:

@@ -9,7 +9,7 @@ import select
 import socket
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..rpc import INTERNAL_ERROR, MAX_ANSWER_BYTES, LiveKind, RpcError
@@ -164,14 +164,10 @@ class Client:
                 return Ranking([number for _, number in best], matched, page["measured_s"])
             after = page["next"]
 
-    def top(
-        self, words: Mapping[str, str], sort: str = "packet-rate", *, descending: bool = True, limit: int = 50
-    ) -> dict[str, Any]:
-        """The first sessions by `sort` (a key of SORT_KEYS), for a display that asks again every second or so.
+    def live(self, ids: Sequence[int]) -> list[dict[str, Any]]:
+        """Sessions by their ids, as far as they are still there, for a display that asks again every second or so.
 
-            {"sessions": [...], "matched": how many match the filter, "measured_s": for how long rates are measured}
-
-        Each session is as in `session.list`, and has `idle_s`, `rates` and `findings`:
+        Each is as in `session.list`, and has `idle_s`, `rates` and `findings`:
 
             "rates": {"c2s": {"packets": 812.0, "bits": 9.1e6}, "s2c": ...}   a second; a direction is null until known
             "findings": [{"trouble": "loss", "text": ...}]                    what is wrong: see health.py
@@ -182,12 +178,11 @@ class Client:
         are known some 2 s later. They are those of the last second; with more than 10,000 SPIs in the kernel of
         the last few.
         """
-        ranking = self.rank(words, sort, descending=descending, limit=limit)
         sessions: list[dict[str, Any]] = []
-        for begin in range(0, len(ranking.ids), _LIVE_PAGE):
-            chosen = ranking.ids[begin : begin + _LIVE_PAGE]
+        for begin in range(0, len(ids), _LIVE_PAGE):
+            chosen = ids[begin : begin + _LIVE_PAGE]
             sessions += self.call("session.list", ids=chosen, limit=_LIVE_PAGE, live=True)["sessions"]
-        return {"sessions": sessions, "matched": ranking.matched, "measured_s": ranking.measured_s}
+        return sessions
 
     def logged(self, words: Mapping[str, str], **more: Any) -> Iterator[dict[str, Any]]:
         """Entries of the traffic log that match, page by page; `more` is what `log.list` takes besides."""

@@ -14,10 +14,10 @@ from itertools import islice
 import click
 
 from .. import __version__
-from ..rpc import DEFAULT_SOCKET, FILTER_KEYS, INVALID_PARAMS, LOG_FILTER_KEYS, FilterKey, RpcError
+from ..rpc import DEFAULT_SOCKET, FILTER_KEYS, INVALID_PARAMS, LOG_FILTER_KEYS, SORT_KEYS, FilterKey, RpcError
 from . import pipes, render
 from .client import Client, NoDaemon, printable
-from .grammar import Asked, Group, Moment, Number, Text, argument, clause, filtered, json_option
+from .grammar import Asked, Group, Moment, Number, OneOf, Text, argument, clause, filtered, json_option
 
 #: The width of a page that has none: nothing is broken or left out, for whoever searches in it.
 _NO_END = 10_000
@@ -58,6 +58,7 @@ def fwctl(context: click.Context, path: str, as_json: bool) -> int:
       fwctl show tunnel                               the SAs that strongSwan told of
       fwctl show tunnel detail                        their health: control against data
       fwctl explain session 7                         why it is as it is, in sentences
+      fwctl top                                       who sends how much, and how tunnels do, live
       fwctl monitor                                   what happens, as it happens
       fwctl show log traffic last-hour                sessions that ended
       fwctl show counter global                       what was counted, and dropped
@@ -297,6 +298,54 @@ def monitor(asked: Asked, chosen: dict[str, str], limit: int | None) -> None:
         click.echo(json.dumps(event) if asked.as_json else render.event(event, _width()))
         if number == limit:
             return
+
+
+@fwctl.command()
+@clause("sessions", is_flag=True, help="All sessions; else the tunnels that end here.")
+@filtered(FILTER_KEYS)
+@clause("sort", type=OneOf(SORT_KEYS), default="bit-rate", metavar="KEY", help=f"By {', '.join(SORT_KEYS)}.")
+@clause("reverse", is_flag=True, help="The other way round.")
+@clause("limit", type=Number(1, 1000), default=100, metavar="N", help="So many at most; default 100.")
+@clause("interval", type=Number(1, 3600), default=2, metavar="SECONDS", help="How often to look; default 2.")
+@clause("once", is_flag=True, help="One picture as a plain table, or with --json, for scripts.")
+@json_option
+@click.pass_obj
+def top(
+    asked: Asked,
+    sessions: bool,
+    chosen: dict[str, str],
+    sort: str,
+    reverse: bool,
+    limit: int,
+    interval: int,
+    once: bool,
+) -> None:
+    """Show who sends how much, and how each tunnel does, live: rates, their course, and what is wrong.
+
+    \b
+      fwctl top                                       the tunnels that end here, the fastest first
+      fwctl top sort trouble                          those first that something is wrong with
+      fwctl top sessions filter to untrust            all sessions, or some of them
+      fwctl top once limit 5                          one picture, for a script
+
+    On the screen: Enter shows one in full, / filters as you type, s sorts, t switches between tunnels and sessions,
+    ? tells all keys, q quits. Colours are the terminal's, none with NO_COLOR. Without a terminal it is as with 'once'.
+    """
+    from . import top as live
+    from .top_data import Filter, Kind, Question, order_by
+
+    question = Question(
+        kind=Kind.SESSIONS if sessions or "application" in chosen else Kind.TUNNELS,
+        order=order_by(sort),
+        is_reversed=reverse,
+        filter=Filter(chosen),
+        limit=limit,
+    )
+    path = asked.client.path
+    if once or asked.as_json or not live.has_terminal():
+        click.echo(live.once(path, question, _width(), as_json=asked.as_json))
+    else:
+        live.show(path, question, interval)
 
 
 @fwctl.command()

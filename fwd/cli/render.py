@@ -147,11 +147,11 @@ def _block(heading: str, values: Iterable[tuple[str, object]], width: int) -> li
     """What PAN-OS has no field for: a heading, and lines that are broken where the page ends."""
     lines = ["", f"        {heading}"]
     for label, value in values:
-        lines += _wrapped(_footer(label, value), max(width, 80), 47)
+        lines += wrapped(_footer(label, value), max(width, 80), 47)
     return lines
 
 
-def _wrapped(text: str, width: int, indent: int) -> list[str]:
+def wrapped(text: str, width: int, indent: int) -> list[str]:
     """A line that begins with a label, broken between words; what follows stands below its value."""
     label, value = text[:indent], text[indent:]
     return textwrap.wrap(
@@ -215,6 +215,20 @@ def _ipsec_values(session: Mapping[str, Any]) -> Iterable[tuple[str, object]]:
         yield "packets in fragments (c2s, s2c)", f"{ipsec['fragments']['c2s']}, {ipsec['fragments']['s2c']}"
     for finding in ipsec.get("findings", ()):
         yield f"trouble: {finding['trouble']}", finding["text"]
+
+
+def session_health(session: Mapping[str, Any], width: int) -> str:
+    """What `show tunnel detail` tells of a tunnel, of one session: what is wrong, both sides' counts, its SPIs."""
+    ipsec = session["ipsec"]
+    if ipsec is None:
+        return "IKE has no SPIs."
+    values = [("trouble", finding["text"]) for finding in ipsec["findings"]] or [("trouble", "none")]
+    for pair in ipsec["generations"]:
+        if pair["strongswan"] and not pair["removed"]:
+            values.append(("packets", _against(pair)))
+    lines = [line for label, value in values for line in wrapped(f"{label:<9}{value}", width, 9)]
+    table = _spi_table(session, width)
+    return "\n".join([*lines, "", *(table or ["No SPI was seen on the wire yet."])])
 
 
 def _confirmed(ipsec: Mapping[str, Any]) -> str:
@@ -323,7 +337,7 @@ def _with_notes(lines: Sequence[str], rows: Sequence[_SpiRow], title: str, width
         noted.append(line)
         notes += [row.note] if row.note else []
         if number == len(rows) or rows[number].first[0]:
-            noted += _wrapped(f"{'':6}{title}: {'; '.join(notes)}", width, 8) if notes else []
+            noted += wrapped(f"{'':6}{title}: {'; '.join(notes)}", width, 8) if notes else []
             notes = []
     return noted
 
@@ -507,14 +521,14 @@ def tunnel_detail(answer: Mapping[str, Any], width: int = _PAGE) -> str:
         reqid, mode = tunnel["reqid"], tunnel["mode"].lower()
         lines += ["", f"Tunnel {tunnel['ike_sa']}/{tunnel['child_sa']} (reqid {reqid}, {mode} mode)"]
         for label, value in _tunnel_values(tunnel):
-            lines += _wrapped(f"  {label:<9}{value}", width, 11)
+            lines += wrapped(f"  {label:<9}{value}", width, 11)
         lines += generation_table(tunnel["generations"], width)
     for stranger in answer["strangers"]:
         ends = f"{stranger['source']} to {stranger['destination']}"
         lines += ["", f"No tunnel's: session {stranger['session']} ({stranger['state']}), {ends}"]
         lines.append(f"  {'packets':<9}{stranger['packets']}")
         for finding in stranger["findings"]:
-            lines += _wrapped(f"  {'trouble':<9}{finding['text']}", width, 11)
+            lines += wrapped(f"  {'trouble':<9}{finding['text']}", width, 11)
     return "\n".join(lines)
 
 
@@ -556,14 +570,14 @@ def explanation(answer: Mapping[str, Any], width: int) -> str:
     for group in answer["groups"]:
         lines.append(f"{group['heading'].capitalize()}:")
         for sentence in group["sentences"]:
-            lines += _wrapped(f"  {sentence}", width, 4)
+            lines += wrapped(f"  {sentence}", width, 4)
     return "\n".join(lines)
 
 
 def event(event: Mapping[str, Any], width: int = _PAGE) -> str:
     """One event of `monitor`; what is too long for a line goes on in the next."""
     head = f"{clock(event['time'])}.{int(event['time'] % 1 * 1000):03} {event['event']:<9} "
-    return "\n".join(_wrapped(head + _event_text(event), width, len(head)))
+    return "\n".join(wrapped(head + _event_text(event), width, len(head)))
 
 
 def _event_text(event: Mapping[str, Any]) -> str:
@@ -623,7 +637,7 @@ def diagnosis(answer: Mapping[str, Any], width: int = _PAGE) -> str:
             lines += ["", area if area != area.lower() else area.capitalize()]
         level = finding["level"]
         name = f"{finding['check']}: " if level == "unknown" else ""
-        first, *others = _wrapped(f"  {level:<9}{name}{finding['text']}", width, 11)
+        first, *others = wrapped(f"  {level:<9}{name}{finding['text']}", width, 11)
         lines += [
             first.replace(level, click.style(level, fg=_COLOURS[level], bold=level == "problem" or None), 1),
             *others,

@@ -821,6 +821,10 @@ class Firewall:
             self._look_at(watched, now)
         return [finding for watched in sessions for finding in self._health.found(watched)]
 
+    def trouble_count(self, session: Session) -> int:
+        """How many things were wrong with a session when it was last looked at; that it is discarded is one of them."""
+        return self._health.count(session) + (session.state is State.DISCARD)
+
     def rate(self, flow: Flow, now: float) -> Rate | None:
         """How fast a flow is; None if that is not measured, or has been for too short a time."""
         return self.rates.of(flow, self.fast_path.round_s, now)

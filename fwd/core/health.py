@@ -85,6 +85,11 @@ class Watch:
         record = self._records.get(session)
         return list(record.found.values()) if record else []
 
+    def count(self, session: Session) -> int:
+        """How much was wrong with a session when it was last looked at."""
+        record = self._records.get(session)
+        return len(record.found) if record else 0
+
     def forget(self, session: Session) -> None:
         """The session has ended."""
         for finding in self.found(session):

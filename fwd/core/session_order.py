@@ -47,6 +47,7 @@ KEYS: Mapping[str, Callable[[Firewall, Session, float], Value]] = {
     "application": lambda _, session, now: session.application.value,
     "state": lambda _, session, now: session.state.value,
     "rule": lambda _, session, now: session.rule.name,
+    "trouble": lambda firewall, session, now: firewall.trouble_count(session),
 }
 
 #: Those that are measured only while somebody asks.

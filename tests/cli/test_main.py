@@ -45,10 +45,11 @@ def test_an_order_over_many_pages(daemon):
 def test_the_top_of_all_sessions(daemon, monkeypatch):
     monkeypatch.setattr(api, "RANKED_AT_ONCE", 100)
     asked = client.Client(str(daemon))
-    top = asked.top({"source": "10.0.0.0/8"}, "source", limit=120)
-    assert top["matched"] == 1099 and len(top["sessions"]) == 120
-    assert top["sessions"][0]["c2s"]["source"] == "10.4.0.99"
-    assert top["sessions"][0]["findings"] == [] and "rates" in top["sessions"][0]
+    ranking = asked.rank({"source": "10.0.0.0/8"}, "source", descending=True, limit=120)
+    sessions = asked.live(ranking.ids)
+    assert ranking.matched == 1099 and [session["id"] for session in sessions] == ranking.ids
+    assert len(sessions) == 120 and sessions[0]["c2s"]["source"] == "10.4.0.99"
+    assert sessions[0]["findings"] == [] and "rates" in sessions[0]
     asked.close()
 
 
