@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .core.constants import HALF_OPEN_IDLE_S, SA_LINGER_S
 from .core.counters import COUNTERS
 from .core.events import ABOUT_NO_SESSION, Event, Moment, as_it_was, moment_of
 from .core.explain import Group, explain_packet, explain_session
@@ -354,6 +355,7 @@ class Api:
         rate = firewall.counters.rate
         bounds = firewall.limits.bounds
         most_of_source, most_of_peers = firewall.limits.most()
+        next_look = firewall.ager.next_deadline()
         return {
             "sessions_supported": firewall.table.capacity,
             "sessions_allocated": len(firewall.table),
@@ -373,6 +375,9 @@ class Api:
                 "packet_rate": rate("pkt_fast_path", now),
             },
             "timeouts_s": {**settings.timeouts_s, "discard": settings.discard_timeout_s},
+            "tunnel_down_timeout_s": SA_LINGER_S,
+            "half_open_idle_s": HALF_OPEN_IDLE_S,
+            "readable_s": settings.keep_ended_s,
             "limits": {
                 "source": {"limit": bounds.source, "most": most_of_source},
                 "peers": {"limit": bounds.peers, "most": most_of_peers},
@@ -384,6 +389,18 @@ class Api:
                 "active": firewall.ager.factor > 1,
                 "threshold_percent": round(settings.ageing_threshold * 100),
                 "factor": settings.ageing_factor,
+            },
+            "ager": {
+                "aged_out": firewall.counters.values["session_aged_out"],
+                "gave_way": firewall.counters.values["session_gave_way"],
+                "next_look_s": None if next_look is None else max(0.0, next_look - now),
+            },
+            "setup": {
+                "transit_ports": settings.transit_ports,
+                "pass_through": settings.pass_through,
+                "unknown_spi": settings.unknown_spi,
+                "unknown_spi_grace_s": settings.unknown_spi_grace_s,
+                "dropped_table_full": firewall.counters.values["flow_table_full"],
             },
         }
 

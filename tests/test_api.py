@@ -297,6 +297,32 @@ def test_a_look_ends_when_it_has_taken_long(api, bench, monkeypatch):
     assert pages == [{"count": 1, "next": 1}, {"count": 1, "next": 2}, {"count": 1, "next": None}]
 
 
+def test_session_info_says_it_in_pan_oss_words(api, bench):
+    bench.wait(70)
+    bench.sas(SaEstablished(child_sa(7, 8, reqid=2, child_name="other")))
+    bench.forward(esp(LEFT, RIGHT, 6))
+    lines = render.session_info(api.dispatch("session.info", {})).splitlines()
+    for label, value in {
+        "Number of sessions supported:": "65536",
+        "Number of allocated sessions:": "3",
+        "Number of active ipsec-esp sessions:": "0",
+        "Number of active predict sessions:": "2",
+        "Number of discard sessions:": "1",
+        "Session table utilization:": "0%",
+        "Number of sessions created since bootup:": "7",
+        "  ike default timeout:": "30 secs",
+        "  Session timeout in discard state:": "60 secs",
+        "Session accelerated aging:": "True",
+        "  Accelerated aging threshold:": "80% of utilization",
+        "  Scaling factor:": "2 X",
+        "Number of ended sessions still readable:": "4",
+        "  Next session to be looked at:": "in 60 secs",
+        "  IPv6 firewalling:": "True",
+        "Session behavior when resource limit is reached:": "drop",
+    }.items():
+        assert f"{label:<49}{value}" in lines
+
+
 def test_counts_and_tunnels_and_info(api, bench):
     assert api.dispatch("session.count", {"filter": {"state": "active"}}) == {"count": 3, "next": None}
     info = api.dispatch("session.info", {})

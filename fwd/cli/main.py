@@ -129,7 +129,7 @@ def show_session_id(asked: Asked, session_id: int) -> None:
 @json_option
 @click.pass_obj
 def show_session_info(asked: Asked) -> None:
-    """Show how full the session table is, rates, and timeouts."""
+    """Show how full the session table is, rates, timeouts, ageing, and limits."""
     asked.show(asked.client.call("session.info"), render.session_info)
 
 
