@@ -49,7 +49,7 @@ def test_client_and_core_know_the_same_filter_keys():
 
 
 def test_client_and_core_know_the_same_orders():
-    assert list(rpc.SORT_KEYS) == list(session_order.KEYS)
+    assert list(rpc.SORT_KEYS) == list(session_order.KEYS) and rpc.RATE_KEYS == session_order.RATES
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ..rpc import INTERNAL_ERROR, MAX_ANSWER_BYTES, LiveKind, RpcError
+from ..rpc import INTERNAL_ERROR, MAX_ANSWER_BYTES, RATE_KEYS, RATES_KNOWN_S, LiveKind, RpcError
 
 TIMEOUT_S = 10.0
 #: Sessions in a page: some 8 ms of the daemon's time, in which packets wait.
@@ -97,12 +97,18 @@ class Client:
     ) -> Iterator[dict[str, Any]]:
         """The sessions that match the filter, page by page, in the order of their ids or of `sort`; the first `limit`.
 
-        What is read and not yet asked for is one page, and with `sort` the ids.
+        What is read and not yet asked for is one page, and with `sort` the ids. In the order of a rate it takes a few
+        seconds, if nobody has asked for rates yet, and they are as in `top`.
         """
         if sort is not None:
+            is_rate = sort in RATE_KEYS
+            if is_rate and (missing := RATES_KNOWN_S - self.rank(words, sort, limit=1).measured_s) > 0:
+                time.sleep(missing)
             ids = self.rank(words, sort, descending=descending, limit=limit).ids
-            for begin in range(0, len(ids), _PAGE):
-                yield from self.call("session.list", ids=ids[begin : begin + _PAGE], limit=_PAGE)["sessions"]
+            page = _LIVE_PAGE if is_rate else _PAGE
+            for begin in range(0, len(ids), page):
+                chosen = ids[begin : begin + page]
+                yield from self.call("session.list", ids=chosen, limit=page, live=is_rate)["sessions"]
             return
         after: int | None = 0
         left = limit

@@ -13,13 +13,16 @@ from itertools import islice
 import click
 
 from .. import __version__
-from ..rpc import DEFAULT_SOCKET, FILTER_KEYS, INVALID_PARAMS, LOG_FILTER_KEYS, FilterKey, RpcError
+from ..rpc import DEFAULT_SOCKET, FILTER_KEYS, INVALID_PARAMS, LOG_FILTER_KEYS, SORT_KEYS, FilterKey, RpcError
 from . import pipes, render
 from .client import Client, NoDaemon
-from .grammar import Asked, Group, Moment, Number, Text, argument, clause, filtered, json_option
+from .grammar import Asked, Group, Moment, Number, OneOf, Text, argument, clause, filtered, json_option
 
 #: The width of a page that has none: nothing is broken or left out, for whoever searches in it.
 _NO_END = 10_000
+
+#: Of a long listing, so many lines are printed at once: about a page of the daemon's.
+_LINES_AT_ONCE = 400
 
 _SESSION_ID = Number(1, 2**31 - 1, live="session")
 _PORT = Number(0, 65535)
@@ -87,26 +90,35 @@ def show_session() -> None:
 
 @show_session.command("all")
 @filtered({**FILTER_KEYS, **_COUNT})
+@clause("sort", type=OneOf(SORT_KEYS), metavar="KEY", help="In this order; of equals the older first.")
+@clause("descending", is_flag=True, help="The other way round: the largest first.")
+@clause("limit", type=Number(1, 2**31 - 1), metavar="N", help="So many at most.")
 @json_option
 @click.pass_obj
-def show_session_all(asked: Asked, chosen: dict[str, str]) -> None:
-    """Show all sessions, or how many with 'filter ... count yes'.
+def show_session_all(
+    asked: Asked, chosen: dict[str, str], sort: str | None, descending: bool, limit: int | None
+) -> None:
+    """Show all sessions, or how many with 'filter ... count yes'; in the order of their ids, if no other is asked for.
 
     \b
       ... all filter application ipsec-udp state active
       ... all filter source 198.51.100.0/24,2001:db8::/32 to untrust
       ... all filter state not active,opening
       ... all filter spi 0x64f66f40                       an SPI as tcpdump shows it
+      ... all sort bytes descending limit 10
     """
     count = chosen.pop("count", "no")
     if count not in ("yes", "no"):
         raise click.UsageError(f"filter count: found '{count}', want yes or no")
+    if descending and sort is None:
+        sort = "id"
     if count == "yes":
+        if sort or limit:
+            raise click.UsageError("filter count yes says how many: sort and limit make no sense with it")
         asked.show(asked.client.session_count(chosen), lambda answer: render.session_count(answer["count"]))
-    elif asked.as_json:
-        click.echo(json.dumps({"sessions": list(asked.client.sessions(chosen))}, indent=2))
-    else:
-        _print_lines(render.session_rows(asked.client.sessions(chosen)))
+        return
+    sessions = asked.client.sessions(chosen, sort, descending=descending, limit=limit)
+    _print_lines(render.json_list("sessions", sessions) if asked.as_json else render.session_rows(sessions))
 
 
 @show_session.command(
@@ -338,8 +350,10 @@ def clear_session_all(asked: Asked, chosen: dict[str, str]) -> None:
 
 
 def _print_lines(lines: Iterable[str]) -> None:
-    for line in lines:
-        click.echo(line)
+    """Print very many lines: many at once, because each that is printed is flushed."""
+    coming = iter(lines)
+    while some := list(islice(coming, _LINES_AT_ONCE)):
+        click.echo("\n".join(some))
 
 
 def run(tree: click.Command, words: Sequence[str], asked: Asked | None = None, prefix: str = "fwctl: ") -> int:

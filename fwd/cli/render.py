@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +24,15 @@ _NO_SESSIONS = "No Active Sessions"
 def session_count(count: int) -> str:
     """`show session all filter ... count yes`."""
     return f"Number of sessions that match filter: {count}" if count else _NO_SESSIONS
+
+
+def json_list(name: str, items: Iterable[Any]) -> Iterable[str]:
+    """A JSON object with one list, as lines while it comes: an item each. Nothing before the first one is there."""
+    line = None
+    for item in items:
+        yield f"{{{json.dumps(name)}: [" if line is None else f"{line},"
+        line = json.dumps(item)
+    yield from (line, "]}") if line is not None else (json.dumps({name: []}),)
 
 
 # --- show session all -----------------------------------------------------------------------------------
