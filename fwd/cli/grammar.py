@@ -484,6 +484,10 @@ class Command(_Spoken):
                     formatter.write_text(
                         "A value may be a list, a,b,c with no blanks: any of them. 'not' before it: none of them."
                     )
+        for clause in clauses:
+            if isinstance(clause.type, OneOf) and any(clause.type.words.values()):
+                with formatter.section(f"Keys of {clause.word}"):
+                    formatter.write_dl(list(clause.type.words.items()))
         records = [
             param.get_help_record(ctx)
             for param in self.get_params(ctx)
