@@ -205,6 +205,14 @@ def test_every_order(api, bench, sort, found):
         assert (answer["matched"], answer["next"]) == (4, None)
 
 
+def test_in_brief_is_what_is_printed_of_the_whole(api):
+    whole, brief = (api.dispatch("session.list", {"brief": is_brief})["sessions"] for is_brief in (False, True))
+    assert list(render.session_rows(brief)) == list(render.session_rows(whole))
+    for long, short in zip(whole, brief, strict=True):
+        assert short["c2s"].items() <= long["c2s"].items() and short.keys() < long.keys()
+    assert api.dispatch("session.list", {"ids": [3, 1], "brief": True})["sessions"] == [brief[2], brief[0]]
+
+
 def test_a_ranking_in_pages_gives_what_comes_before_what_is_known(api, bench, monkeypatch):
     monkeypatch.setattr(api_module, "RANKED_AT_ONCE", 2)
     largest = {"sort": "bytes", "descending": True, "limit": 1}

@@ -22,7 +22,7 @@ from .grammar import Asked, Group, Moment, Number, OneOf, Text, argument, clause
 _NO_END = 10_000
 
 #: Of a long listing, so many lines are printed at once: about a page of the daemon's.
-_LINES_AT_ONCE = 400
+_LINES_AT_ONCE = 1000
 
 _SESSION_ID = Number(1, 2**31 - 1, live="session")
 _PORT = Number(0, 65535)
@@ -117,7 +117,7 @@ def show_session_all(
             raise click.UsageError("filter count yes says how many: sort and limit make no sense with it")
         asked.show(asked.client.session_count(chosen), lambda answer: render.session_count(answer["count"]))
         return
-    sessions = asked.client.sessions(chosen, sort, descending=descending, limit=limit)
+    sessions = asked.client.sessions(chosen, sort, descending=descending, limit=limit, brief=not asked.as_json)
     _print_lines(render.json_list("sessions", sessions) if asked.as_json else render.session_rows(sessions))
 
 
