@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from ..rpc import INTERNAL_ERROR, MAX_ANSWER_BYTES, RATE_KEYS, RATES_KNOWN_S, LiveKind, RpcError
 
 TIMEOUT_S = 10.0
-#: Sessions in a page, in full, in brief, and with rates and findings: some 8 ms of the daemon's time, in which packets
-#: wait.
-_PAGE = 200
+#: Sessions in a page, in full, in brief, and with rates and findings: some 5 ms of the daemon's time, in which packets
+#: wait. The counts of those in full are read from the kernel.
+_PAGE = 100
 _BRIEF_PAGE = 500
 _LIVE_PAGE = 100
 
