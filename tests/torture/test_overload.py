@@ -113,7 +113,7 @@ def test_long_listings_keep_no_packet_waiting(demo, ask):
     probed = '[[rules]]\nname = "probes"\nsource = ["198.51.100.2"]\naction = "allow"\ninspect = "every-packet"\n\n'
     more = "[dataplane]\nmax-sessions = 131072\nqueue-length = 16384\n[limits]\nhalf-open = 0\npeers = 0\nsource = 0\n"
     fwd = demo.start_fwd(default_config().replace("[[rules]]", probed + "[[rules]]", 1) + more)
-    prefer(fwd.pid)
+    prefer(fwd.pid, is_strict=True)
     client = ask()
     size = in_full(100_000, 3000)
     while client.call("session.info")["sessions_allocated"] < size:
