@@ -466,6 +466,9 @@ def test_events_come_in_order_once_each_and_by_filter(api, bench):
     tunnel = api.dispatch("event.list", {"after": 0, "filter": {"application": "ipsec-udp"}})
     assert [event["event"] for event in tunnel["events"]] == ["created", "promoted"]
     assert tunnel["next"] == rest["next"]
+    for words, about in (({"spi": "5"}, {2, 4}), ({"spi": "0x2001"}, {1}), ({"tunnel": "not net", "to": "any"}, set())):
+        page = api.dispatch("event.list", {"after": 0, "filter": words})
+        assert {event["id"] for event in page["events"]} == about
 
 
 def test_a_slow_reader_is_told_how_many_events_it_missed(api, bench):
