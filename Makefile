@@ -13,6 +13,10 @@ VENV := .venv
 READY := $(VENV)/.ready
 INSTALLED := /usr/local/lib/fwd
 
+# Shell, and where it looks for the completion of others' commands below share/; fwctl itself prints what goes there.
+COMPLETIONS := bash:bash-completion/completions/fwctl zsh:zsh/site-functions/_fwctl \
+  fish:fish/vendor_completions.d/fwctl.fish
+
 # To build netfilterqueue; to install rules; for the lab and its tests.
 BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev libnetfilter-queue-dev
 RUN_PACKAGES := nftables iptables
@@ -74,6 +78,10 @@ install:
 	$(SUDO) ln -sf $(INSTALLED)/bin/fwctl /usr/local/bin/fwctl
 	$(SUDO) install -m 644 README.md ARCHITECTURE.md CHANGELOG.md systemd/fwd.toml /usr/local/share/doc/fwd/
 	@test -e /etc/fwd/fwd.toml || $(SUDO) install -m 644 systemd/fwd.toml /etc/fwd/fwd.toml
+	$(SUDO) $(INSTALLED)/bin/python -m fwd.man /usr/local/share/man
+	@for to in $(COMPLETIONS); do \
+	  _FWCTL_COMPLETE=$${to%%:*}_source $(INSTALLED)/bin/fwctl | $(SUDO) install -D -m 644 /dev/stdin /usr/local/share/$${to#*:}; \
+	done
 	$(SUDO) install -D -m 644 systemd/fwd.sysusers /usr/local/lib/sysusers.d/fwd.conf
 	$(SUDO) install -D -m 644 systemd/fwd.service /etc/systemd/system/fwd.service
 	$(SUDO) install -D -m 644 systemd/strongswan.conf /etc/systemd/system/strongswan.service.d/fwd.conf
@@ -84,6 +92,8 @@ install:
 uninstall:
 	@if [ -d /run/systemd/system -a -e /etc/systemd/system/fwd.service ]; then $(SUDO) systemctl disable --now fwd; fi
 	$(SUDO) rm -rf $(INSTALLED) /usr/local/share/doc/fwd /run/fwd
+	$(SUDO) rm -f $(foreach to,$(COMPLETIONS),/usr/local/share/$(lastword $(subst :, ,$(to)))) \
+	  $(addprefix /usr/local/share/man/,man1/fwctl.1 man8/fwd.8 man5/fwd.toml.5)
 	$(SUDO) rm -f /usr/local/sbin/fwd /usr/local/bin/fwctl /usr/local/lib/sysusers.d/fwd.conf \
 	  /etc/systemd/system/fwd.service /etc/systemd/system/strongswan.service.d/fwd.conf
 	@if [ -d /run/systemd/system ]; then $(SUDO) systemctl daemon-reload; fi

@@ -51,9 +51,9 @@ EVENTS_PER_PAGE = 500
 #: SAs in one answer of `tunnel.list`: some 10 ms' worth.
 SAS_PER_PAGE = 1000
 
-#: Values offered for completion at once, and names that are looked at for it, at most: some 3 ms' worth.
+#: Values offered for completion at once. With 100,000 sessions that takes 0.5 ms; if none of LOOKED_AT_ONCE SAs has a
+#: name that begins so, 3 ms.
 VALUES_OFFERED = 50
-NAMES_LOOKED_AT = 16384
 
 #: Entries in one answer of `log.list`, whatever limit is asked for: some 5 ms' worth.
 LOGGED_PER_PAGE = 250
@@ -495,11 +495,23 @@ class Api:
         if params.kind == "session":
             found: Iterable[tuple[str, str]] = self._sessions_like(params.prefix)
         else:
-            names = dict(islice(self._names(params.kind), NAMES_LOOKED_AT))
-            found = ((name, meaning) for name, meaning in names.items() if name.startswith(params.prefix))
-        return {"values": list(islice(found, VALUES_OFFERED))}
+            found = self._names_like(params.kind, params.prefix)
+        values = list(islice(found, VALUES_OFFERED + 1))
+        are_more = len(values) > VALUES_OFFERED
+        if params.kind == "tunnel":
+            are_more |= any(True for _ in islice(self._firewall.directory, LOOKED_AT_ONCE, None))
+        return {"values": values[:VALUES_OFFERED], "more": are_more}
 
-    def _names(self, kind: LiveKind) -> Iterator[tuple[str, str]]:
+    def _names_like(self, kind: LiveKind, prefix: str) -> Iterator[tuple[str, str]]:
+        """Names that begin so, each once."""
+        offered = set()
+        for name, meaning in self._names(kind, prefix):
+            if name.startswith(prefix) and name not in offered:
+                offered.add(name)
+                yield name, meaning
+
+    def _names(self, kind: LiveKind, prefix: str) -> Iterator[tuple[str, str]]:
+        """Names, with what they are; of tunnels, which are many, only those that begin so."""
         firewall, settings = self._firewall, self._firewall.settings
         if kind == "zone":
             for pattern, zone in settings.zones.patterns:
@@ -512,9 +524,12 @@ class Api:
             for name in firewall.interfaces.names:
                 yield name, f"in zone {settings.zones.zone_of(name)}"
         else:
-            for known in firewall.directory:
-                yield known.sa.child_name, f"CHILD_SA of {known.sa.ike_name}"
-                yield known.sa.ike_name, "IKE_SA"
+            for known in islice(firewall.directory, LOOKED_AT_ONCE):
+                sa = known.sa
+                if sa.child_name.startswith(prefix):
+                    yield sa.child_name, f"CHILD_SA of {sa.ike_name}"
+                if sa.ike_name.startswith(prefix):
+                    yield sa.ike_name, "IKE_SA"
 
     def _sessions_like(self, prefix: str) -> Iterator[tuple[str, str]]:
         """Live sessions whose ids begin with these digits: for 7 those of 7, of 70 to 79, of 700 to 799, and so on."""

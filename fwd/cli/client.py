@@ -37,10 +37,26 @@ class NoDaemon(Exception):
     """Nobody answers on the socket; the message says what to do."""
 
 
+def printable(text: str) -> str:
+    """Text as a terminal may have it: what it would obey, and what nobody sees, as Python writes it (`\\x1b`)."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _printable_answer(answer: Any) -> Any:
+    """An answer whose texts are printable: names of tunnels and identities of peers are chosen by anybody."""
+    if isinstance(answer, str):
+        return printable(answer)
+    if isinstance(answer, list):
+        return [_printable_answer(value) for value in answer]
+    if isinstance(answer, dict):
+        return {printable(key): _printable_answer(value) for key, value in answer.items()}
+    return answer
+
+
 class Client:
     """One connection to the daemon, opened with the first request, and again if the daemon has hung up since.
 
-    `timeout_s` is how long an answer may take.
+    `timeout_s` is how long an answer may take. Texts in answers are printable.
     """
 
     def __init__(self, path: str, timeout_s: float = TIMEOUT_S) -> None:
@@ -70,7 +86,10 @@ class Client:
                 self._connection = self._connect()
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a fwd that hangs up says why first
                 self._connection.sendall(json.dumps(request).encode() + b"\n")
-            answer = json.loads(self._line())
+            line = self._line()
+            answer = json.loads(line)
+            if b"\\" in line or not line.isascii():  # else there is nothing that a terminal would obey
+                answer = _printable_answer(answer)
         except FileNotFoundError:
             raise NoDaemon(f"no fwd on {self._path}: start it (systemctl start fwd), or name its --socket") from None
         except BlockingIOError:
@@ -206,9 +225,10 @@ class Client:
         """What `tunnel.detail` says of all tunnels, or of those of that name."""
         return self._whole("tunnel.detail", name=name)
 
-    def values(self, kind: LiveKind, prefix: str) -> list[tuple[str, str]]:
-        """Some of the values of a kind that begin so, each with what it is, for completion."""
-        return [(value, meaning) for value, meaning in self.call("complete.values", kind=kind, prefix=prefix)["values"]]
+    def values(self, kind: LiveKind, prefix: str) -> tuple[list[tuple[str, str]], bool]:
+        """Some of the values of a kind that begin so, each with what it is, and whether there are more."""
+        answer = self.call("complete.values", kind=kind, prefix=prefix)
+        return [(value, meaning) for value, meaning in answer["values"]], answer["more"]
 
     def _whole(self, method: str, **params: Any) -> dict[str, Any]:
         """An answer whose pages are put together: what they list, and how many they count."""

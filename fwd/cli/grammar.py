@@ -39,6 +39,9 @@ LIVE_TIMEOUT_S = 0.5
 #: What may stand before the value of a filter key: all but that.
 _NOT = "not "
 
+#: What help says below the filter keys.
+HOW_VALUES_MATCH = "A value may be a list, a,b,c with no blanks: any of them. 'not' before it: none of them."
+
 #: Where a context keeps how far the words behind its command lead.
 _LINE = "fwctl.line"
 
@@ -199,7 +202,9 @@ def _live(ctx: click.Context, kind: LiveKind, prefix: str) -> list[Item]:
     path = ctx.find_root().params.get("path") or DEFAULT_SOCKET
     client = asked.client if asked else Client(path, LIVE_TIMEOUT_S)
     with suppress(NoDaemon, RpcError):
-        return [_item(value, meaning) for value, meaning in client.values(kind, prefix)]
+        values, are_more = client.values(kind, prefix)
+        more = [_item("...", "There are more: type how it begins.", kind=HINT)] if are_more else []
+        return [*(_item(value, meaning) for value, meaning in values), *more]
     return []
 
 
@@ -481,9 +486,7 @@ class Command(_Spoken):
                 with formatter.section("Filter keys, any number of them (all must match)"):
                     formatter.write_dl([(key, known.meaning) for key, known in clause.keys.items()])
                     formatter.write_paragraph()
-                    formatter.write_text(
-                        "A value may be a list, a,b,c with no blanks: any of them. 'not' before it: none of them."
-                    )
+                    formatter.write_text(HOW_VALUES_MATCH)
         for clause in clauses:
             if isinstance(clause.type, OneOf) and any(clause.type.words.values()):
                 with formatter.section(f"Keys of {clause.word}"):

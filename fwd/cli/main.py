@@ -15,7 +15,7 @@ import click
 from .. import __version__
 from ..rpc import DEFAULT_SOCKET, FILTER_KEYS, INVALID_PARAMS, LOG_FILTER_KEYS, SORT_KEYS, FilterKey, RpcError
 from . import pipes, render
-from .client import Client, NoDaemon
+from .client import Client, NoDaemon, printable
 from .grammar import Asked, Group, Moment, Number, OneOf, Text, argument, clause, filtered, json_option
 
 #: The width of a page that has none: nothing is broken or left out, for whoever searches in it.
@@ -42,16 +42,18 @@ def _width(otherwise: int = _NO_END) -> int:
 @click.option(
     "--socket",
     "path",
+    metavar="PATH",
     default=lambda: os.environ.get("FWD_SOCKET") or DEFAULT_SOCKET,
     help=f"Control socket of the daemon; default $FWD_SOCKET, else {DEFAULT_SOCKET}.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 @click.version_option(__version__, prog_name="fwctl")
 @click.pass_context
-def fwctl(context: click.Context, path: str, as_json: bool) -> None:
+def fwctl(context: click.Context, path: str, as_json: bool) -> int:
     """Ask the fwd daemon, and tell it what to forget.
 
     \b
+      fwctl                                           a shell: Tab completes, ? helps at every place, exit leaves
       fwctl show session all                          every session, two lines each
       fwctl show session all filter application ipsec-udp state active
       fwctl show session id 7                         one session in full
@@ -68,14 +70,21 @@ def fwctl(context: click.Context, path: str, as_json: bool) -> None:
     dport the one that the server receives on. ESP in transit shows 20033.
 
     \b
+    From anything but a terminal, fwctl without a command reads commands from stdin, one a line, `#` begins a comment;
+    after a failure it goes on, and its exit status is that of the first.
+
+    \b
     Exit status: 0 done, 1 the daemon said no, 2 wrong usage, 3 no daemon answers. The reason is on stderr, with --json
     as JSON: {"error": {"message": ..., "exit_status": ...}}.
     """
     if not path:
         raise click.UsageError("--socket is empty: name fwd's control socket")
     if context.invoked_subcommand is None:
-        raise click.exceptions.NoArgsIsHelpError(context)
+        from .shell import start  # which imports this module
+
+        return start(fwctl, path, as_json)
     context.obj = Asked(Client(path), as_json)
+    return 0
 
 
 @fwctl.group()
@@ -98,7 +107,9 @@ def show_session() -> None:
 def show_session_all(
     asked: Asked, chosen: dict[str, str], sort: str | None, descending: bool, limit: int | None
 ) -> None:
-    """Show all sessions, or how many with 'filter ... count yes'; in the order of their ids, if no other is asked for.
+    """Show all sessions, or how many with 'filter ... count yes'.
+
+    They come in the order of their ids, if no other is asked for.
 
     \b
       ... all filter application ipsec-udp state active
@@ -141,7 +152,7 @@ def show_session_id(asked: Asked, session_id: int) -> None:
 @json_option
 @click.pass_obj
 def show_session_info(asked: Asked) -> None:
-    """Show how full the session table is, rates, timeouts, ageing, and limits."""
+    """Show use of the session table, rates, timeouts, limits."""
     asked.show(asked.client.call("session.info"), render.session_info)
 
 
@@ -366,7 +377,7 @@ def run(tree: click.Command, words: Sequence[str], asked: Asked | None = None, p
 
     def refuse(reason: str, exit_status: int, context: click.Context | None = None) -> int:
         """Give the reason, as JSON to who wants that, and where the words are taught."""
-        reason = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in reason)
+        reason = printable(reason)
         if as_json:
             click.echo(json.dumps({"error": {"message": reason, "exit_status": exit_status}}), err=True)
         else:
@@ -376,6 +387,7 @@ def run(tree: click.Command, words: Sequence[str], asked: Asked | None = None, p
         return exit_status
 
     command, *behind = pipes.split(words)
+    out, err = sys.stdout, sys.stderr
     try:
         with pipes.through(behind):
             result = tree.main(command, prog_name="" if is_shell else "fwctl", standalone_mode=False, obj=asked)
@@ -387,6 +399,9 @@ def run(tree: click.Command, words: Sequence[str], asked: Asked | None = None, p
     except NoDaemon as error:
         return refuse(str(error), 3)
     except click.exceptions.NoArgsIsHelpError as error:
+        if is_shell and isinstance(error.ctx.command, click.Group):
+            words = ", ".join(error.ctx.command.commands)
+            return refuse(f"'{error.ctx.info_name}' wants a word after it: {words}", error.exit_code)
         error.show()
         return error.exit_code
     except click.UsageError as error:
@@ -394,6 +409,12 @@ def run(tree: click.Command, words: Sequence[str], asked: Asked | None = None, p
     except (click.Abort, KeyboardInterrupt):
         return 130
     except BrokenPipeError:  # the reader, `head` perhaps, has enough
+        _give_up_stdout()
+        return 0
+    except SystemExit:
+        if sys.stderr is err:  # completion is answered
+            raise
+        sys.stdout, sys.stderr = out, err  # click heard first that the reader has enough, and put something before them
         _give_up_stdout()
         return 0
     except OSError as error:
@@ -408,4 +429,5 @@ def main() -> None:
 
 def _give_up_stdout() -> None:
     """Let what is yet to be written go nowhere, for Python writes it at the exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())

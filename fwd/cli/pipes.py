@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TextIO, TypeAlias
 
@@ -25,7 +26,8 @@ class _Expression(click.ParamType[re.Pattern[str]]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> re.Pattern[str]:
         try:
-            return re.compile(value)
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # `[[` may mean more one day
+                return re.compile(value)
         except (re.error, OverflowError, RecursionError) as error:
             self.fail(f"'{value}' is no regular expression: {error}", param, ctx)
 
