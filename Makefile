@@ -20,7 +20,7 @@ COMPLETIONS := bash:bash-completion/completions/fwctl zsh:zsh/site-functions/_fw
 # To build netfilterqueue; to install rules; for the lab and its tests.
 BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev libnetfilter-queue-dev
 RUN_PACKAGES := nftables iptables
-LAB_PACKAGES := iproute2 iputils-ping procps tcpdump mmdebstrap systemd ethtool
+LAB_PACKAGES := iproute2 iputils-ping procps tcpdump mmdebstrap systemd ethtool nfdump
 
 define need
 	@missing=$$(for p in $(1); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
@@ -67,7 +67,7 @@ bench: $(READY)
 
 # Only what needs neither root nor a lab.
 unit: $(READY)
-	$(VENV)/bin/python -m pytest tests/core tests/cli tests/test_api.py tests/test_config.py tests/test_daemon.py
+	$(VENV)/bin/python -m pytest tests/core tests/cli tests/doctor tests/test_api.py tests/test_config.py tests/test_daemon.py
 
 install:
 	$(call need,$(BUILD_PACKAGES) $(RUN_PACKAGES))

@@ -75,6 +75,12 @@ def _syslog_server(text: str) -> str:
     return text
 
 
+def _collector(text: str) -> str:
+    if text:
+        _endpoint(text, ("udp", "tcp"))
+    return text
+
+
 def _endpoint(text: str, transports: Sequence[str]) -> tuple[str, str, int]:
     """Transport, address and port, as in udp:192.0.2.9:4739 and tcp:[2001:db8::9]:4739. Raises ValueError."""
     parts = re.fullmatch(r"([a-z]+):(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+)):([0-9]{1,5})", text)
@@ -359,6 +365,26 @@ class Syslog(Section):
         return context
 
 
+class Ipfix(Section):
+    """To which collector flow records of sessions go (IPFIX, RFC 7011), and how often."""
+
+    collector: Annotated[str, AfterValidator(_collector)] = Field(
+        default="", description='"udp:192.0.2.9:4739", "tcp:[2001:db8::9]:4739"; "": none'
+    )
+    active_timeout: Seconds = Field(
+        default=60, description="seconds after which a session that goes on is told of again"
+    )
+    template_refresh: Seconds = Field(default=300, description="seconds after which templates are sent again, over UDP")
+    observation_domain: int = Field(
+        default=1, ge=1, le=0xFFFFFFFF, description="what tells several fwds of one address apart"
+    )
+
+    @property
+    def endpoint(self) -> tuple[str, str, int] | None:
+        """Transport, address and port of the collector; None: there is none."""
+        return _endpoint(self.collector, ("udp", "tcp")) if self.collector else None
+
+
 class Log(Section):
     """What is logged."""
 
@@ -401,6 +427,7 @@ class Config(Section):
     state: State = State()
     traffic_log: TrafficLog = TrafficLog()
     syslog: Syslog = Syslog()
+    ipfix: Ipfix = Ipfix()
     log: Log = Log()
 
     @model_validator(mode="after")
@@ -461,6 +488,7 @@ class Config(Section):
             ike_gate_s=plane.ike_gate_time,
             tunnel_silent_s=plane.tunnel_silent_after,
             tunnel_totals=self.metrics.tunnels,
+            flow_active_timeout_s=self.ipfix.active_timeout if self.ipfix.collector else None,
             limits=Bounds(
                 source=self.limits.source,
                 peers=self.limits.peers,

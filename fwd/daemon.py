@@ -41,7 +41,7 @@ from .core.histogram import Histogram
 from .core.interfaces import InterfaceEvent
 from .core.sa import SaEvent, SaSnapshot, SaSourceLost
 from .core.session import Session
-from .edge import systemd
+from .edge import ipfix, systemd
 from .edge.clients import Access, ListenError
 from .edge.control import ControlServer
 from .edge.interfaces import InterfaceError, InterfaceWatcher
@@ -152,6 +152,7 @@ class Daemon:
         self._metrics: MetricsServer[Figures] = MetricsServer(metrics.take, expose, self._control.access)
         self._metrics_in_words = "off"
         self._lags = Histogram(_LAG_BOUNDS_S)
+        self._exporter = ipfix.Exporter(self._firewall, self._save)
         self._timer: asyncio.TimerHandle | None = None
         self._timer_set_at = 0.0
         self._no_timer_before = 0.0
@@ -190,6 +191,7 @@ class Daemon:
             self._run_timer()
             stack.callback(self._metrics.close)
             self._begin_metrics()
+            self._exporter.start(_export_options(self._config))
             await self._control.start()  # late: who gets an answer may count on all the rest
             if (interval := systemd.watchdog_interval_s()) is not None:
                 stack.callback(asyncio.create_task(self._feed_watchdog(interval)).cancel)
@@ -489,6 +491,7 @@ class Daemon:
         self._firewall.reconfigure(config.settings())
         if self._kernel is not None:
             self._firewall.use_fast_path(config.dataplane.fast_path == "auto")
+        self._exporter.start(_export_options(config))
         self._control.access = self._metrics.access = _access(config)
         logging.getLogger().setLevel(config.log.level.upper())
         log.info("reloaded: %d rules", len(config.rules))
@@ -513,6 +516,9 @@ class Daemon:
             self._serve_kernel()
         self._after_turn()
         self._firewall.credit_all()
+        if not self._is_handing_over:
+            self._firewall.flow_export.finish()
+        self._exporter.finish(time.monotonic() + DRAIN_S)
         self._save_all()
         self._log.leave()
         self._save_all()
@@ -583,6 +589,7 @@ class Daemon:
             "state-file": self._state_in_words,
             "traffic-log": self._log.in_words(),
             "metrics": self._metrics_in_words,
+            "flow-export": self._exporter.describe(),
             "without-fwd": "packets pass (fail-open)" if plane.fail == "open" else "packets are dropped (fail-closed)",
             "strongswan": "connected" if directory.is_fresh else f"away: {directory.lost_reason}",
             "tunnels": sum(1 for _ in directory),
@@ -606,6 +613,14 @@ def _access(config: Config) -> Access:
     if missing := access.missing_groups():
         log.warning("[control] names groups that do not exist here: %s", ", ".join(missing))
     return access
+
+
+def _export_options(config: Config) -> ipfix.Options | None:
+    """Where flow records go; None: nowhere."""
+    endpoint = config.ipfix.endpoint
+    if endpoint is None:
+        return None
+    return ipfix.Options(ipfix.Collector(*endpoint), config.ipfix.template_refresh, config.ipfix.observation_domain)
 
 
 def _duration(seconds: float) -> str:

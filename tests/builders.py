@@ -220,7 +220,8 @@ class Bench:
         if len(firewall.fast_path) > 256:
             return
         self.save()
-        sessions = {session.id: session for session in (*firewall.table, *firewall.table.ended)}
+        sessions = {session.id: session for session in firewall.flow_export.waiting}
+        sessions |= {session.id: session for session in (*firewall.table, *firewall.table.ended)}
         sessions |= {session_id: session for session_id, (session, _) in firewall._to_log.items()}
         kept = records.read(self.saved)
         assert kept.totals is not None and {record.id for record in kept.sessions} == sessions.keys()
@@ -370,4 +371,5 @@ def _timeless(record: records.SessionRecord) -> records.SessionRecord:
         for flow in (record.c2s, record.s2c)
     ]
     elements = tuple(replace_fields(element, packets=0, octets=0) for element in record.elements)
-    return replace_fields(record, c2s=flows[0], s2c=flows[1], last_seen_at=0.0, ends_at=0.0, elements=elements)
+    times = {"last_seen_at": 0.0, "ends_at": 0.0, "exported_at": 0.0}
+    return replace_fields(record, c2s=flows[0], s2c=flows[1], elements=elements, **times)

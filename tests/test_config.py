@@ -149,6 +149,18 @@ RULE = '[[rules]]\nname = "r"\naction = "allow"\n'
             "[log]\n[zones]\n[log]",
             "/fwd.toml:3: not TOML: Cannot declare ('log',) twice: '[log]'; the table is there twice",
         ),
+        (
+            "[ipfix]\ncollector = 'udp:collector.example:4739'",
+            "ipfix.collector: found 'udp:collector.example:4739'; want",
+        ),
+        (
+            "[ipfix]\ncollector = '192.0.2.9:4739'",
+            "want udp:ADDRESS:PORT or tcp:ADDRESS:PORT, with an address and no name",
+        ),
+        ("[ipfix]\ncollector = 'udp:192.0.2.9:0'", "such as udp:192.0.2.9:4739 or tcp:[2001:db8::9]:4739"),
+        ("[ipfix]\ncollector = 'tcp:[192.0.2.9]:4739'", "ipfix.collector: found 'tcp:[192.0.2.9]:4739'; want udp:ADD"),
+        ("[ipfix]\ncollector = 'tcp:2001:db8::9:4739'", "ipfix.collector: found 'tcp:2001:db8::9:4739'; want udp:ADDR"),
+        ("[ipfix]\ncollector = 'sctp:192.0.2.9:4739'", "ipfix.collector: found 'sctp:192.0.2.9:4739'; want udp:ADDRES"),
         ("x = " + "[" * 10_000, "/fwd.toml: arrays or tables are nested too deeply"),
         ("x = " + "9" * 5000, "/fwd.toml: a number has too many digits"),
         ("default-zone = 0x" + "f" * 5000, "default-zone: found too much to show; want"),
@@ -218,3 +230,16 @@ def test_half_open_sessions_are_a_share_of_the_table_and_none_is_no_limit(tmp_pa
 def test_metrics_are_nowhere_on_loopback_or_at_a_path(listen, address):
     config = Config.model_validate({"metrics": {"listen": listen, "tunnels": 7}})
     assert config.metrics.address == address and config.settings().tunnel_totals == 7
+
+
+@pytest.mark.parametrize(
+    ("collector", "endpoint", "timeout_s"),
+    [
+        ("", None, None),
+        ("udp:192.0.2.9:4739", ("udp", "192.0.2.9", 4739), 5),
+        ("tcp:[2001:DB8::9]:1", ("tcp", "2001:db8::9", 1), 5),
+    ],
+)
+def test_flows_go_to_a_collector_or_nowhere(tmp_path, collector, endpoint, timeout_s):
+    config = loaded(tmp_path, f'[ipfix]\ncollector = "{collector}"\nactive-timeout = 5\n')
+    assert (config.ipfix.endpoint, config.settings().flow_active_timeout_s) == (endpoint, timeout_s)

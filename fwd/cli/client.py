@@ -66,6 +66,11 @@ class Client:
         self._buffer = b""
         self._id = 0
 
+    @property
+    def path(self) -> str:
+        """The daemon's control socket."""
+        return self._path
+
     def call(self, method: str, **params: Any) -> Any:
         """Ask and wait for the answer. Raises RpcError if the daemon says no, NoDaemon if it does not answer."""
         try:

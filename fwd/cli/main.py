@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from itertools import islice
 
 import click
@@ -65,6 +66,7 @@ def fwctl(context: click.Context, path: str, as_json: bool) -> int:
       fwctl show counter global                       what was counted, and dropped
       fwctl clear session id 7                        forget a session
       fwctl reload                                    read the configuration again
+      fwctl doctor                                    what is wrong on this machine, and what to do
 
     A tunnel that ends on this host shows its SPIs as ports, in decimal: sport is the SPI that the client receives on,
     dport the one that the server receives on. ESP in transit shows 20033.
@@ -322,6 +324,31 @@ def reload(asked: Asked) -> None:
     session. `systemctl reload fwd` does the same. `fwd --check` only looks whether the file is right.
     """
     asked.show(asked.client.call("system.reload"), render.reloaded)
+
+
+@fwctl.command()
+@json_option
+@click.pass_obj
+def doctor(asked: Asked) -> int:
+    """Look for what keeps fwd from its work on this machine, and say what to do about it.
+
+    Kernel, rights, strongSwan's socket, fwd's rules, other firewalls, clock, files, the daemon's alarming counters.
+    Each finding is ok, a note, a warning or a problem, with the command that mends or shows it. Nothing is changed.
+    It needs no daemon, and no root: without, it says what it could not look at (unknown).
+
+    Exit status 1 if there is a problem, else 0.
+    """
+    # The one command that looks at the machine itself; all others speak to the socket only.
+    from ..doctor.checks import examine
+    from ..doctor.look import look
+
+    facts = look(asked.client.path)
+    findings = [asdict(finding) for finding in examine(facts)]
+    asked.show(
+        {"hostname": facts.hostname, "user": facts.me.identity.name, "findings": findings},
+        lambda answer: render.diagnosis(answer, _width(100)),
+    )
+    return int(any(finding["level"] == "problem" for finding in findings))
 
 
 @fwctl.group()

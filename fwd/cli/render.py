@@ -6,8 +6,11 @@ import io
 import json
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
 
 from ..times import time_of_day as clock
 
@@ -647,6 +650,31 @@ def reloaded(answer: Mapping[str, Any]) -> str:
         f"{answer['configuration']}: {rules} rule{'' if rules == 1 else 's'} in force;"
         f" {sessions} session{'' if sessions == 1 else 's'} meet them anew"
     )
+
+
+_COLOURS = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "red", "unknown": "magenta"}
+
+
+def diagnosis(answer: Mapping[str, Any], width: int = _PAGE) -> str:
+    """`doctor`: findings by area, each with what to do; a command stays on one line, to be copied."""
+    lines, area = [f"fwd on {answer['hostname']}, as {answer['user']} sees it"], ""
+    for finding in answer["findings"]:
+        if finding["area"] != area:
+            area = finding["area"]
+            lines += ["", area if area != area.lower() else area.capitalize()]
+        level = finding["level"]
+        name = f"{finding['check']}: " if level == "unknown" else ""
+        first, *others = _wrapped(f"  {level:<9}{name}{finding['text']}", width, 11)
+        lines += [
+            first.replace(level, click.style(level, fg=_COLOURS[level], bold=level == "problem" or None), 1),
+            *others,
+        ]
+        if finding["action"]:
+            lines.append(f"{'':11}-> {finding['action']}")
+    counts = Counter(finding["level"] for finding in answer["findings"])
+    countable = ("note", "warning", "problem")
+    told = [_times(counts[level], level) if level in countable else f"{counts[level]} {level}" for level in _COLOURS]
+    return "\n".join([*lines, "", ", ".join(told)])
 
 
 def cleared(count: int, session_id: int | None) -> str:

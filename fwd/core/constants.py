@@ -162,3 +162,9 @@ LINGER_SLICE: Final = 128
 #: looked at so often while others want a place.
 TOTALS_KEPT_S: Final = 3600.0
 TOTALS_LOOK_S: Final = 1.0
+
+#: Flow records that are made and sent in one go, which takes some 3 ms, and live sessions looked at for it. Within one
+#: active timeout all sessions are looked at so many times: so much later than that, at most, a flow is told of.
+EXPORT_SLICE: Final = 96
+EXPORT_LOOKS: Final = 1024
+EXPORT_ROUNDS: Final = 12

@@ -57,6 +57,12 @@ _LIMITS: Final = {
     HALF_OPEN: "Packets dropped: too many sessions that nobody answered",
 }
 
+_EXPORTED: Final = {
+    "records": "Flow records",
+    "packets": "Packets of flow records",
+    "bytes": "Bytes of flow records",
+}
+
 COUNTERS: Final[tuple[Counter, ...]] = (
     Counter("pkt_recv", "info", "packet", "pktproc", "Packets received, those of the fast path included"),
     Counter("pkt_fast_path", "info", "packet", "offload", "Packets of these that the kernel decided on by itself"),
@@ -112,6 +118,18 @@ COUNTERS: Final[tuple[Counter, ...]] = (
     Counter("log_sent", "info", "log", "export", "Records sent on, to syslog or the journal"),
     Counter("log_send_failed", "warn", "log", "export", "Times syslog or the journal could not be reached"),
     Counter("log_not_sent", "warn", "log", "export", "Records that made room before they could be sent on"),
+    *(
+        Counter(f"ipfix_{unit}_sent", "info", "log", "ipfix", f"{text} sent to the collector")
+        for unit, text in _EXPORTED.items()
+    ),
+    *(
+        Counter(
+            f"ipfix_{unit}_not_sent", "warn", "log", "ipfix", f"{text} given up: the collector was away for too long"
+        )
+        for unit, text in _EXPORTED.items()
+    ),
+    Counter("ipfix_records_unsure", "warn", "log", "ipfix", "Flow records that a killed fwd may not have sent"),
+    Counter("ipfix_collector_lost", "warn", "log", "ipfix", "Times the collector could not be reached, see fwd's log"),
     Counter("control_request", "info", "mgmt", "control", "Requests on the control socket"),
     Counter("control_refused", "warn", "mgmt", "control", "Requests and clients refused on the control socket"),
     Counter("metrics_request", "info", "mgmt", "metrics", "Requests for metrics"),

@@ -68,6 +68,7 @@ from .events import (
     TunnelTrouble,
 )
 from .fast_path import FastPath, Found, Outcome, Reading, Work
+from .flow_export import FlowExport
 from .gate import CLOSED, IkeGate
 from .health import Finding, Trouble, Watch, ask_for_counts, compare, note_counts
 from .ike import IkeSa, IkeWatcher, Peers, Way, of_tunnel, peers_of
@@ -166,6 +167,8 @@ class Firewall:
         self.fast_path = FastPath(2 * settings.max_sessions, self._credit, self._note)
         self._element = self.fast_path.lookup
         self.rates = Rates()
+        self.flow_export = FlowExport(self.table, self.interfaces, self.counters, self._note, self.fast_path.leaving)
+        self.flow_export.set_active_timeout(settings.flow_active_timeout_s)
         self.started_at = now
         self._tunnels = Tunnels()
         #: What is still to be learned of the last thing that the IKE daemon said.
@@ -346,6 +349,7 @@ class Firewall:
         self.totals.capacity = settings.tunnel_totals
         self.table.capacity = settings.max_sessions
         self.table.keep_ended = settings.keep_ended
+        self.flow_export.set_active_timeout(settings.flow_active_timeout_s)
         self._zones_changed()
         self._to_rematch = dict.fromkeys(self.table)
 
@@ -542,7 +546,7 @@ class Firewall:
         rows.update((records.log_key(number), None) for number in gone)
         for session_id in chosen:
             self._changed.pop(session_id, None)
-            session = self.table.find(session_id)
+            session = self.table.find(session_id) or self.flow_export.find(session_id)
             if session is None and session_id in self._to_log:
                 session = self._to_log[session_id][0]
             if session is not None:
@@ -555,13 +559,17 @@ class Firewall:
             rows[records.gate_key(peers)] = records.to_bytes(records.GateRecord(*peers, until)) if until else None
         self._changed_gates.clear()
         rows[records.TOTALS_KEY] = records.to_bytes(self._totals())
+        if self.flow_export.is_changed:
+            self.flow_export.is_changed = False
+            rows[records.EXPORT_KEY] = records.to_bytes(self.flow_export.record())
         return rows
 
     def save_all(self, at: float) -> None:
         """All records are to be written anew at that time, for some may not have been."""
-        for session in (*self.table, *self.table.ended):
+        for session in (*self.table, *self.table.ended, *self.flow_export.waiting):
             self._note(session)
         self.traffic_log.save_again()
+        self.flow_export.is_changed = True
         self._next_save_at = at
 
     def take_log(self) -> list[LogRecord]:
@@ -579,7 +587,7 @@ class Firewall:
 
     def _record(self, session: Session, now: float) -> records.SessionRecord:
         left_s = session.expires_at - self.ager.age(now)
-        ended_at = self.table.ended_at(session.id)
+        ended_at = self.table.ended_at(session.id) or self.flow_export.ended_at(session.id)
         is_to_be_logged = session.id in self._to_log
         if ended_at is None and is_to_be_logged:
             ended_at = self._to_log[session.id][1]
@@ -656,6 +664,7 @@ class Firewall:
             self.counters.add(
                 "session_not_restored", max(0, values["session_allocated"] - there - values["session_not_restored"])
             )
+        self.flow_export.restore(kept.export, now)
         orphans = [element for element in elements.values() if not self._take_over_nameless(element, now)]
         self._lingering = deque(sorted(self._lingering, key=lambda lingering: lingering[0]))
         known = len(elements) - len(orphans)
@@ -1494,6 +1503,7 @@ class Firewall:
         self._note(session)
         if self.keeps_log and session.rule.log_at_end:
             self._to_log[session.id] = (session, now)
+        self.flow_export.end(session, now)
         self.limits.leave(session)
         self.gate.leave(session)
         self.spi_sessions.leave(session)

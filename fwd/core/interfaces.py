@@ -57,6 +57,7 @@ class InterfaceTable:
         self._names: dict[int, str] = {}
         self._mtus: dict[int, int] = {}
         self._owners: dict[bytes, tuple[int, ...]] = {}
+        self._by_name: dict[str, int] | None = {}  # None: to be made when somebody asks
 
     @property
     def names(self) -> Collection[str]:
@@ -72,6 +73,12 @@ class InterfaceTable:
         """The interface's name, or `if7` while the kernel has not told it."""
         return self._names.get(index) or f"if{index}"
 
+    def index_of(self, name: str) -> int | None:
+        """The index of the interface with this name; None if there is none."""
+        if self._by_name is None:
+            self._by_name = {known: index for index, known in self._names.items()}
+        return self._by_name.get(name)
+
     def mtu_of(self, index: int) -> int:
         """The largest packet that the interface carries in one, in bytes; more than there can be if it is not known."""
         return self._mtus.get(index) or 0x1_0000
@@ -86,6 +93,8 @@ class InterfaceTable:
 
     def apply(self, event: InterfaceEvent) -> None:
         """Learn what the kernel said; saying it twice changes nothing."""
+        if not isinstance(event, AddressPresent | AddressGone):
+            self._by_name = None
         match event:
             case LinkPresent(index, name, mtu):
                 self._names[index], self._mtus[index] = name, mtu

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -36,6 +36,13 @@ class RecordError(ValueError):
 
 class _Record(msgspec.Struct, array_like=True, gc=False, forbid_unknown_fields=True):
     """Short on the wire: fields in order, without their names."""
+
+
+_Octet = Annotated[int, msgspec.Meta(ge=0, lt=2**8)]
+_Port = Annotated[int, msgspec.Meta(ge=0, lt=2**16)]
+_Number = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0, lt=1e15)]
 
 
 class ElementRecord(_Record):
@@ -64,6 +71,7 @@ class UseRecord(_Record):
     packets: int
     octets: int
     sequence: Sequence | None
+    exported: tuple[_Count, _Count]
 
 
 class FlowRecord(_Record):
@@ -76,6 +84,7 @@ class FlowRecord(_Record):
     octets: int
     fragments: int
     uses: tuple[UseRecord, ...]
+    exported: tuple[_Count, _Count]
 
 
 class GenerationRecord(_Record):
@@ -126,6 +135,7 @@ class SessionRecord(_Record):
     spi_keys: tuple[tuple[SpiKey, bool], ...]
     generations: tuple[GenerationRecord, ...]
     elements: tuple[ElementRecord, ...]
+    exported_at: float
 
 
 class GateRecord(_Record):
@@ -134,6 +144,45 @@ class GateRecord(_Record):
     low: bytes
     high: bytes
     open_until: float
+
+
+class FlowDelta(_Record):
+    """What one SPI of a flow carried between two moments (monotonic seconds): what a flow record tells a collector.
+
+    `spi` is None where packets have none, or are too few or too old to be told apart. `ports` are None where
+    there are none on the wire. `ingress` and `egress` are interface indices, 0 for this host. `end_reason` is a
+    flowEndReason (flow_export.py).
+    """
+
+    session_id: _Number
+    source: bytes
+    destination: bytes
+    protocol: _Octet
+    ports: tuple[_Port, _Port] | None
+    spi: _Number | None
+    packets: _Count
+    octets: _Count
+    started_at: _Seconds
+    ended_at: _Seconds
+    end_reason: _Octet
+    application: str
+    ingress: _Number
+    egress: _Number
+    is_outbound: bool
+    is_dropped: bool
+
+
+class ExportRecord(_Record):
+    """How far the export of flows is.
+
+    `sequence` is the number of the next data record over UDP. `sent` are flow records, packets and bytes that are on
+    their way, of which `unsure` flow records may not have been given to the kernel yet. `returned` did not arrive.
+    """
+
+    sequence: _Count
+    sent: tuple[_Count, _Count, _Count]
+    unsure: _Count
+    returned: tuple[FlowDelta, ...]
 
 
 class TotalsRecord(_Record):
@@ -155,11 +204,11 @@ class TotalsRecord(_Record):
 
 _ENCODE = msgspec.msgpack.Encoder().encode
 _DECODERS: Mapping[type, msgspec.msgpack.Decoder[Any]] = {
-    kind: msgspec.msgpack.Decoder(kind) for kind in (SessionRecord, GateRecord, TotalsRecord, LogRecord)
+    kind: msgspec.msgpack.Decoder(kind) for kind in (SessionRecord, GateRecord, TotalsRecord, LogRecord, ExportRecord)
 }
 
 
-def to_bytes(record: SessionRecord | GateRecord | TotalsRecord | LogRecord) -> bytes:
+def to_bytes(record: SessionRecord | GateRecord | TotalsRecord | LogRecord | ExportRecord) -> bytes:
     """A record as bytes."""
     return _ENCODE(record)
 
@@ -174,6 +223,7 @@ def from_bytes(kind: type[_T], octets: bytes) -> _T:
 
 
 TOTALS_KEY = b"totals"
+EXPORT_KEY = b"export"
 _SESSION, _GATE, _LOG = b"session ", b"gate ", b"log "
 
 
@@ -200,6 +250,7 @@ class Kept:
     gates: list[GateRecord] = field(default_factory=list)
     sessions: list[SessionRecord] = field(default_factory=list)
     log: list[LogRecord] = field(default_factory=list)
+    export: ExportRecord | None = None
 
 
 def read(rows: Mapping[bytes, bytes]) -> Kept:
@@ -216,6 +267,10 @@ def read(rows: Mapping[bytes, bytes]) -> Kept:
             session = from_bytes(SessionRecord, octets)
             _check(session)
             kept.sessions.append(session)
+        elif key == EXPORT_KEY:
+            kept.export = from_bytes(ExportRecord, octets)
+            if any({len(delta.source), len(delta.destination)} not in ({4}, {16}) for delta in kept.export.returned):
+                raise RecordError("flow records: addresses are of neither IPv4 nor IPv6")
         else:
             raise RecordError(f"nobody knows a record {key!r}")
     return kept
@@ -280,6 +335,7 @@ def session_record(
             for g in session.generations
         ),
         tuple(ElementRecord(*e.key, e.use.flow is c2s, e.use.spi, e.kernel_packets, e.kernel_bytes) for e in elements),
+        session.exported_at,
     )
 
 
@@ -295,8 +351,9 @@ def _flow_record(flow: Flow, elements: list[Element]) -> FlowRecord:
     for use in flow.uses:
         in_kernel = by_use.get(use.spi, (0, 0))
         own = (use.packet_count - in_kernel[0], use.byte_count - in_kernel[1])
-        uses.append(UseRecord(use.spi, use.first_seen_at, use.last_seen_at, *own, use.sequence))
-    return FlowRecord(flow.address, flow.zone, flow.port, packets, octets, flow.fragment_count, tuple(uses))
+        uses.append(UseRecord(use.spi, use.first_seen_at, use.last_seen_at, *own, use.sequence, use.exported))
+    counts = (packets, octets, flow.fragment_count)
+    return FlowRecord(flow.address, flow.zone, flow.port, *counts, tuple(uses), flow.exported)
 
 
 def session_of(record: SessionRecord, rule: Rule) -> Session:
@@ -321,6 +378,7 @@ def session_of(record: SessionRecord, rule: Rule) -> Session:
         is_client_here=record.is_client_here,
         rekeys=record.rekeys,
         udp_ports=record.udp_ports,
+        exported_at=record.exported_at,
     )
     session.generations = tuple(
         Generation(
@@ -332,10 +390,20 @@ def session_of(record: SessionRecord, rule: Rule) -> Session:
 
 
 def _flow_of(record: FlowRecord) -> Flow:
-    flow = Flow(record.address, record.zone, record.port, record.packets, record.octets, record.fragments)
+    counts = (record.packets, record.octets, record.fragments)
+    flow = Flow(record.address, record.zone, record.port, *counts, exported=record.exported)
     flow.uses = tuple(
         # Which numbers went by while nobody looked cannot be told: the next packet is taken for the first.
-        SpiUse(use.spi, flow, use.first_seen_at, use.last_seen_at, use.packets, use.octets, sequence=use.sequence)
+        SpiUse(
+            use.spi,
+            flow,
+            use.first_seen_at,
+            use.last_seen_at,
+            use.packets,
+            use.octets,
+            sequence=use.sequence,
+            exported=use.exported,
+        )
         for use in record.uses
     )
     return flow

@@ -112,6 +112,10 @@ def ports_of(packet: Packet, key: FlowKey | SpiKey) -> tuple[int, int]:
     return port, port
 
 
+#: No packets, and none of their bytes.
+NOTHING = (0, 0)
+
+
 @dataclass(slots=True, eq=False)
 class SpiUse:
     """One SPI in one direction of a session, as it was seen on the wire: its share of what the flow counted.
@@ -119,7 +123,8 @@ class SpiUse:
     Times are monotonic seconds. `first_seq` is the first sequence number that was looked at, `next_seq` that of the
     next packet if none is missing (-1: none was looked at yet); `unseen_count` packets were decided in the kernel and
     not looked at. `sequence` is None while nothing but packets in order were seen; `told` is how much of what it tells
-    stands in the totals (totals.py).
+    stands in the totals (totals.py). `exported` is the part of packets and bytes that flow records have told of
+    (flow_export.py).
     """
 
     spi: int
@@ -133,6 +138,7 @@ class SpiUse:
     unseen_count: int = 0
     sequence: Sequence | None = None
     told: tuple[int, int, int] | None = None
+    exported: tuple[int, int] = NOTHING
 
     def look(self, seq: int) -> None:
         """Note the sequence number of a packet that is not yet counted."""
@@ -161,6 +167,7 @@ class SpiUse:
         self.last_seen_at = max(self.last_seen_at, other.last_seen_at)
         self.packet_count += other.packet_count
         self.byte_count += other.byte_count
+        self.exported = (self.exported[0] + other.exported[0], self.exported[1] + other.exported[1])
         # Which numbers lay between the two cannot be told any more: the next packet is taken for the first.
         self.first_seq = self.next_seq = -1
         self.unseen_count, self.sequence, self.told = 0, None, (0, 0, 0)
@@ -173,7 +180,8 @@ class Flow:
     `address` (network order), `zone` and `port` are the sender's; the port is what a session shows as such. Counted
     are IP packets and their bytes, IP header included. `fragment_count` are those seen that were fragments, or larger
     than what their interface carries in one. `uses` holds the most recent SPIs in the order in which they
-    were first seen; what older ones carried is in the flow's counts alone.
+    were first seen; what older ones carried is in the flow's counts alone. `exported` is the part of packets and bytes
+    that flow records have told of, those of `uses` included.
     """
 
     address: bytes
@@ -184,6 +192,7 @@ class Flow:
     fragment_count: int = 0
     uses: tuple[SpiUse, ...] = ()
     pace: Pace | None = field(default=None, repr=False)
+    exported: tuple[int, int] = NOTHING
     session: Session = field(init=False, repr=False)
 
     @property
@@ -224,6 +233,7 @@ class Flow:
         self.packet_count += other.packet_count
         self.byte_count += other.byte_count
         self.fragment_count += other.fragment_count
+        self.exported = (self.exported[0] + other.exported[0], self.exported[1] + other.exported[1])
         for use in other.uses:
             known = self.use(use.spi)
             if known is None:
@@ -349,7 +359,7 @@ class Session:
     those that are gone included, the newest last, and `is_client_here` says whether this host initiated it.
     `udp_ports` are those of ESP in UDP, client first. `gate` is the IKE gate that it may have to pass.
     `is_limited`: it counts towards the limits (limits.py). `tally` is where it is counted while it is in the table: so
-    state and type change by `move` and `begin_flow` alone.
+    state and type change by `move` and `begin_flow` alone. `exported_at` is when flow records told of it last.
     """
 
     id: int
@@ -379,6 +389,7 @@ class Session:
     gate: Gate | None = None
     is_limited: bool = False
     tally: Tally | None = field(default=None, repr=False)
+    exported_at: float = 0.0
 
     def __post_init__(self) -> None:
         self.c2s.session = self.s2c.session = self

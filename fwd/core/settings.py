@@ -43,7 +43,10 @@ DEFAULT_TIMEOUTS: Mapping[Application, int] = {
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """All that the core can be told. Times in seconds, `ageing_threshold` a share from 0 to 1."""
+    """All that the core can be told. Times in seconds, `ageing_threshold` a share from 0 to 1.
+
+    `flow_active_timeout_s`: how often flow records tell of a session that goes on; None: no flow is exported.
+    """
 
     policy: Policy
     zones: Zones
@@ -61,4 +64,5 @@ class Settings:
     ike_gate_s: int = 14400
     tunnel_silent_s: int = 60
     tunnel_totals: int = 256
+    flow_active_timeout_s: int | None = None
     limits: Bounds = field(default_factory=Bounds)

@@ -27,11 +27,23 @@ class QueueStats:
 
 
 def parse_queue_stats(text: str, queue: int) -> QueueStats | None:
+    """The counts in the row of one queue."""
+    fields = _row(text, queue)
+    return QueueStats(fields[2], fields[5], fields[6], fields[7]) if fields else None
+
+
+def queue_reader(queue: int) -> int | None:
+    """The netlink port id of whoever has a queue of this namespace bound; None if nobody has. Raises OSError."""
+    fields = _row(_PATH.read_text("ascii"), queue)
+    return fields[1] if fields else None
+
+
+def _row(text: str, queue: int) -> list[int] | None:
     """The row of one queue: number, port id, waiting, copy mode, copy range, queue and user drops, last id, 1."""
     for line in text.splitlines():
         fields = line.split()
         if len(fields) >= 8 and all(field.lstrip("-").isdigit() for field in fields) and int(fields[0]) == queue:
-            return QueueStats(int(fields[2]), int(fields[5]), int(fields[6]), int(fields[7]))
+            return [int(field) for field in fields]
     return None
 
 

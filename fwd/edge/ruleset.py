@@ -25,7 +25,8 @@ import errno
 import re
 import struct
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TypeAlias
@@ -60,6 +61,9 @@ _TIMEOUT_S = 10
 
 #: Whose the rules are, in nft's comment and in iptables' words.
 _QUEUE = re.compile(r"queue (\d+)|--queue-num (\d+)")
+
+#: What a table says it is: see Ruleset._label.
+_LABEL = re.compile(r"fwd: layout (\d+), (\S+), (\d+) elements")
 
 #: Attributes of a table and of a rule (linux/netfilter/nf_tables.h, NFTA_TABLE_*, NFTA_RULE_*).
 _TABLE_USERDATA = 6
@@ -105,6 +109,20 @@ class Backend(StrEnum):
             Backend.MARK: "iptables NFQUEUE, fast path by nft mark",
             Backend.IPTABLES: "iptables NFQUEUE",
         }[self]
+
+
+@dataclass(frozen=True, slots=True)
+class PresentTable:
+    """What is there of one family's table: its label, its backend, its rules, and how many a whole one has.
+
+    The latter two are None in a table of another version of fwd.
+    """
+
+    label: str
+    backend: Backend | None
+    rules: int
+    wanted_rules: int | None
+    queues: frozenset[int]
 
 
 #: A table's label, None if there is no such table, and chain and handle of each rule.
@@ -343,6 +361,29 @@ class Ruleset:
         raise refusal
 
 
+def present() -> dict[str, PresentTable]:
+    """The tables that are there now, by family, whichever fwd made them. Raises OSError."""
+    found = {}
+    with contextlib.closing(NftSocket()) as socket:
+        for family, name in ((nft.NFPROTO_IPV4, "IPv4"), (nft.NFPROTO_IPV6, "IPv6")):
+            label, rules = _label(socket, family), _rules(socket, family)
+            if label is not None or rules:
+                backend, wanted = _wanted(family, label or "")
+                queues = _queues_in(nft.comment_in(rule.get(_RULE_USERDATA, b"")) or "" for rule in rules)
+                found[name] = PresentTable(label or "", backend, len(rules), wanted, frozenset(queues))
+    return found
+
+
+def _wanted(family: int, label: str) -> tuple[Backend | None, int | None]:
+    """How a table that says this of itself gets packets to the queue, and how many rules it has when it is whole."""
+    said = _LABEL.fullmatch(label)
+    if said is None or int(said[1]) != _LAYOUT or said[2] not in list(Backend):
+        return None, None
+    whole = Ruleset(0, True, int(said[3]))
+    backend = Backend(said[2])
+    return backend, sum(message.kind is Kind.NEWRULE for message in whole._nft(family, backend, label))
+
+
 def maps() -> dict[int, tuple[int, str]]:
     """Family and name of each map, by the length of its keys in bytes."""
     return {
@@ -398,6 +439,10 @@ def _queues_named() -> set[int]:
         for program in programs:
             with contextlib.suppress(_ProgramFailed):
                 words += _ours(_listed(program))
+    return _queues_in(words)
+
+
+def _queues_in(words: Iterable[str]) -> set[int]:
     return {int(found[1] or found[2]) for word in words if (found := _QUEUE.search(word))}
 
 

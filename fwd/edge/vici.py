@@ -319,6 +319,33 @@ class _BoundedTransport(Transport):  # type: ignore[misc]  # vici has no types
         return ConnectionError(self.failure)
 
 
+def _connect(path: str) -> _BoundedTransport:
+    """Raises ConnectionError that says what to do."""
+    try:
+        return _BoundedTransport(path)
+    except FileNotFoundError:
+        raise ConnectionError("no such socket: strongSwan is not running, or without its vici plugin") from None
+    except ConnectionRefusedError:
+        raise ConnectionError("nobody listens: strongSwan has stopped") from None
+    except PermissionError:
+        raise ConnectionError(
+            f"permission denied: give it a group that fwd's user is in, now with 'chgrp fwd-vici {path}', for"
+            " good with 'group = fwd-vici' in section charon of strongswan.conf (README: strongSwan)"
+        ) from None
+    except TimeoutError:
+        raise ConnectionError(f"charon did not take the connection within {ANSWER_S:g} s") from None
+
+
+def charon_version(path: str) -> tuple[str, str]:
+    """The program that answers on a VICI socket, and its version. Raises ConnectionError or ViciAnswerError."""
+    with contextlib.closing(_connect(path)) as transport:
+        try:
+            answer = transport.session().version()
+        except Exception as error:  # whatever it sent
+            raise ConnectionError(transport.failure or error) from error
+        return _text(answer, "daemon"), _text(answer, "version")
+
+
 class ViciListener:
     """Keeps the core told about the SAs of one charon, for ever, from a thread of its own.
 
@@ -364,7 +391,7 @@ class ViciListener:
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):  # `_connect` says what that means
                 self._connected_to = self._socket()
-            listening, asking = (stack.enter_context(contextlib.closing(self._connect())) for _ in range(2))
+            listening, asking = (stack.enter_context(contextlib.closing(_connect(self._path))) for _ in range(2))
             try:
                 yield from self._listen(listening, asking)
             except EventUnknownException:
@@ -373,21 +400,6 @@ class ViciListener:
                 self._events.remove(_EVENT_MOVED)  # and connect anew: a change of address shows at the next reconcile
             except Exception as error:
                 raise ConnectionError(listening.failure or asking.failure or error) from error
-
-    def _connect(self) -> _BoundedTransport:
-        try:
-            return _BoundedTransport(self._path)
-        except FileNotFoundError:
-            raise ConnectionError("no such socket: strongSwan is not running, or without its vici plugin") from None
-        except ConnectionRefusedError:
-            raise ConnectionError("nobody listens: strongSwan has stopped") from None
-        except PermissionError:
-            raise ConnectionError(
-                f"permission denied: give it a group that fwd's user is in, now with 'chgrp fwd-vici {self._path}', for"
-                " good with 'group = fwd-vici' in section charon of strongswan.conf (README: strongSwan)"
-            ) from None
-        except TimeoutError:
-            raise ConnectionError(f"charon did not take the connection within {ANSWER_S:g} s") from None
 
     def _snapshot(self, asking: _BoundedTransport) -> tuple[SaSnapshot, float]:
         """All SAs, and in how many seconds they are to be read again. Raises ViciAnswerError or ConnectionError."""

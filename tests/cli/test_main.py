@@ -141,6 +141,16 @@ def test_exit_status_and_reason(daemon, words, status, reason):
     assert reason.removeprefix("fwctl: ") in error["message"] and error["exit_status"] == status
 
 
+def test_the_doctor_needs_no_daemon():
+    done = fwctl("doctor")
+    assert done.returncode == 1 and done.stderr == ""
+    assert "problem  no fwd on /nonexistent\n" in done.stdout
+    assert "\x1b" not in done.stdout and max(map(len, done.stdout.splitlines())) < 200
+    answer = json.loads(fwctl("doctor", "--json").stdout)
+    assert {"daemon", "kernel", "rules"} <= {finding["area"] for finding in answer["findings"]}
+    assert all(finding["text"] for finding in answer["findings"])
+
+
 @pytest.mark.parametrize("words", ["show", "clear session"])
 def test_half_a_command_shows_the_words_that_follow(words):
     done = fwctl(*words.split())

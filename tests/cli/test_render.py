@@ -1,5 +1,6 @@
 import time
 
+import click
 import pytest
 
 from fwd.cli import render
@@ -498,3 +499,22 @@ def test_events_fit_the_page(event, text):
     lines = render.event(event, 80).splitlines()
     assert all(len(line) <= 80 for line in lines) and all(line.startswith(" " * 23) for line in lines[1:])
     assert " ".join(line.strip() for line in lines) == f"14:17:24.717 {text}"
+
+
+def test_findings_stand_by_area_and_commands_on_one_line():
+    def finding(area, level, text, action=""):
+        return {"area": area, "check": "clock", "level": level, "text": text, "action": action}
+
+    findings = [
+        finding("kernel", "ok", "right"),
+        finding("kernel", "warning", "warning " * 12 + "end", "a command that is longer than the page is wide " * 2),
+        finding("strongSwan", "unknown", "could not look: dark"),
+    ]
+    page = render.diagnosis({"hostname": "gw", "user": "ann", "findings": findings}, 60)
+    lines = click.unstyle(page).splitlines()
+    assert lines[:4] == ["fwd on gw, as ann sees it", "", "Kernel", "  ok       right"]
+    assert lines[4].startswith("  warning  warning warning") and lines[5].startswith(" " * 11 + "warning")
+    assert lines[7] == f"{'':11}-> {findings[1]['action']}" and all(len(line) <= 60 for line in lines[:7])
+    assert lines[8:11] == ["", "strongSwan", "  unknown  clock: could not look: dark"]
+    assert lines[11:] == ["", "1 ok, 0 notes, 1 warning, 0 problems, 1 unknown"]
+    assert "\x1b[33mwarning\x1b[0m" in page
