@@ -25,7 +25,7 @@ from .cli.pipes import pipe
 from .cli.shell import Shell
 from .config import DEFAULT_PATH, Config
 from .daemon import main as fwd
-from .rpc import DEFAULT_SOCKET, FilterKey
+from .rpc import DEFAULT_SOCKET, SORT_KEYS, FilterKey
 
 #: What roff would take for something else, and a hyphen, which somebody may copy into a command line.
 _ESCAPES = str.maketrans(
@@ -77,6 +77,9 @@ def _fwctl() -> str:
         meaning = ": ".join(filter(None, (key.about[:1].upper() + key.about[1:], " or ".join(key.words))))
         only = f" Only with {_and(those)}." if len(those) < everywhere else ""
         page.item(f"{_bold(_escaped(name))} {_italic('VALUE')}", _marked(f"{meaning}.{only}"))
+    page.section("Sort keys")
+    for name, meaning in SORT_KEYS.items():
+        page.item(_bold(_escaped(name)), _escaped(f"{meaning[:1].upper()}{meaning[1:]}."))
     page.section("Pipes")
     page.text(
         "Behind a command, and behind one another, these choose or count the lines that it prints. Another shell"

@@ -101,6 +101,11 @@ SORT_KEYS: Final = {
 }
 
 
+#: Those of them that are measured only while somebody asks, and for how long before all are known, in seconds.
+RATE_KEYS: Final = frozenset({"packet-rate", "bit-rate"})
+RATES_KNOWN_S: Final = 2.5
+
+
 class RpcError(Exception):
     """A request is refused: the code, and one line that says what to do."""
 

@@ -302,17 +302,35 @@ _EVENT_NAMES: Mapping[str, str] = {
 }
 
 
-def flow(one_way: Flow, reply: Flow) -> JSON:
-    """One direction of a session."""
-    session = one_way.session
+def brief(session: Session) -> JSON:
+    """Of a session what `show session all` prints, where it stands in the whole."""
+    return {
+        "id": session.id,
+        "vsys": VSYS,
+        "application": session.application,
+        "state": session.state,
+        "type": session.type,
+        "c2s": _ends(session.c2s, session.s2c),
+    }
+
+
+def _ends(one_way: Flow, reply: Flow) -> JSON:
     return {
         "source": str(ip_address(one_way.address)),
         "source_zone": one_way.zone,
         "destination": str(ip_address(reply.address)),
         "destination_zone": reply.zone,
-        "protocol": session.application.protocol,
+        "protocol": one_way.session.application.protocol,
         "sport": one_way.port,
         "dport": reply.port,
+    }
+
+
+def flow(one_way: Flow, reply: Flow) -> JSON:
+    """One direction of a session."""
+    session = one_way.session
+    return {
+        **_ends(one_way, reply),
         "state": session.state,
         "type": session.type,
         "packets": one_way.packet_count,

@@ -49,7 +49,7 @@ def test_client_and_core_know_the_same_filter_keys():
 
 
 def test_client_and_core_know_the_same_orders():
-    assert list(rpc.SORT_KEYS) == list(session_order.KEYS)
+    assert list(rpc.SORT_KEYS) == list(session_order.KEYS) and rpc.RATE_KEYS == session_order.RATES
 
 
 @pytest.mark.parametrize(
@@ -205,6 +205,14 @@ def test_every_order(api, bench, sort, found):
         assert (answer["matched"], answer["next"]) == (4, None)
 
 
+def test_in_brief_is_what_is_printed_of_the_whole(api):
+    whole, brief = (api.dispatch("session.list", {"brief": is_brief})["sessions"] for is_brief in (False, True))
+    assert list(render.session_rows(brief)) == list(render.session_rows(whole))
+    for long, short in zip(whole, brief, strict=True):
+        assert short["c2s"].items() <= long["c2s"].items() and short.keys() < long.keys()
+    assert api.dispatch("session.list", {"ids": [3, 1], "brief": True})["sessions"] == [brief[2], brief[0]]
+
+
 def test_a_ranking_in_pages_gives_what_comes_before_what_is_known(api, bench, monkeypatch):
     monkeypatch.setattr(api_module, "RANKED_AT_ONCE", 2)
     largest = {"sort": "bytes", "descending": True, "limit": 1}
@@ -295,6 +303,32 @@ def test_a_look_ends_when_it_has_taken_long(api, bench, monkeypatch):
     monkeypatch.setattr(api, "_now", lambda: next(ticks))
     pages = [api.dispatch("session.count", {"after": after}) for after in (0, 1, 3)]
     assert pages == [{"count": 1, "next": 1}, {"count": 1, "next": 2}, {"count": 1, "next": None}]
+
+
+def test_session_info_says_it_in_pan_oss_words(api, bench):
+    bench.wait(70)
+    bench.sas(SaEstablished(child_sa(7, 8, reqid=2, child_name="other")))
+    bench.forward(esp(LEFT, RIGHT, 6))
+    lines = render.session_info(api.dispatch("session.info", {})).splitlines()
+    for label, value in {
+        "Number of sessions supported:": "65536",
+        "Number of allocated sessions:": "3",
+        "Number of active ipsec-esp sessions:": "0",
+        "Number of active predict sessions:": "2",
+        "Number of discard sessions:": "1",
+        "Session table utilization:": "0%",
+        "Number of sessions created since bootup:": "7",
+        "  ike default timeout:": "30 secs",
+        "  Session timeout in discard state:": "60 secs",
+        "Session accelerated aging:": "True",
+        "  Accelerated aging threshold:": "80% of utilization",
+        "  Scaling factor:": "2 X",
+        "Number of ended sessions still readable:": "4",
+        "  Next session to be looked at:": "in 60 secs",
+        "  IPv6 firewalling:": "True",
+        "Session behavior when resource limit is reached:": "drop",
+    }.items():
+        assert f"{label:<49}{value}" in lines
 
 
 def test_counts_and_tunnels_and_info(api, bench):
@@ -432,6 +466,9 @@ def test_events_come_in_order_once_each_and_by_filter(api, bench):
     tunnel = api.dispatch("event.list", {"after": 0, "filter": {"application": "ipsec-udp"}})
     assert [event["event"] for event in tunnel["events"]] == ["created", "promoted"]
     assert tunnel["next"] == rest["next"]
+    for words, about in (({"spi": "5"}, {2, 4}), ({"spi": "0x2001"}, {1}), ({"tunnel": "not net", "to": "any"}, set())):
+        page = api.dispatch("event.list", {"after": 0, "filter": words})
+        assert {event["id"] for event in page["events"]} == about
 
 
 def test_a_slow_reader_is_told_how_many_events_it_missed(api, bench):

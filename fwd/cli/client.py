@@ -12,13 +12,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..rpc import INTERNAL_ERROR, MAX_ANSWER_BYTES, LiveKind, RpcError
+from ..rpc import INTERNAL_ERROR, MAX_ANSWER_BYTES, RATE_KEYS, RATES_KNOWN_S, LiveKind, RpcError
 
 TIMEOUT_S = 10.0
-#: Sessions in a page: some 8 ms of the daemon's time, in which packets wait.
-_PAGE = 200
-
-#: The same with rates and findings.
+#: Sessions in a page, in full, in brief, and with rates and findings: some 5 ms of the daemon's time, in which packets
+#: wait. The counts of those in full are read from the kernel.
+_PAGE = 100
+_BRIEF_PAGE = 500
 _LIVE_PAGE = 100
 
 #: How often `events` asks for more, in seconds.
@@ -117,24 +117,35 @@ class Client:
         return answer["result"]
 
     def sessions(
-        self, words: Mapping[str, str], sort: str | None = None, *, descending: bool = False, limit: int | None = None
+        self,
+        words: Mapping[str, str],
+        sort: str | None = None,
+        *,
+        descending: bool = False,
+        limit: int | None = None,
+        brief: bool = False,
     ) -> Iterator[dict[str, Any]]:
         """The sessions that match the filter, page by page, in the order of their ids or of `sort`; the first `limit`.
 
-        What is read and not yet asked for is one page, and with `sort` the ids.
+        What is read and not yet asked for is one page, and with `sort` the ids. In the order of a rate it takes a few
+        seconds, if nobody has asked for rates yet, and they are as in `top`. `brief`: what `show session all` prints.
         """
+        page = _BRIEF_PAGE if brief else _LIVE_PAGE if sort in RATE_KEYS else _PAGE
+        shown = {"brief": brief, "live": sort in RATE_KEYS}
         if sort is not None:
+            if sort in RATE_KEYS and (missing := RATES_KNOWN_S - self.rank(words, sort, limit=1).measured_s) > 0:
+                time.sleep(missing)
             ids = self.rank(words, sort, descending=descending, limit=limit).ids
-            for begin in range(0, len(ids), _PAGE):
-                yield from self.call("session.list", ids=ids[begin : begin + _PAGE], limit=_PAGE)["sessions"]
+            for begin in range(0, len(ids), page):
+                yield from self.call("session.list", ids=ids[begin : begin + page], limit=page, **shown)["sessions"]
             return
         after: int | None = 0
         left = limit
         while after is not None and left != 0:
-            page = self.call("session.list", filter=dict(words), after=after, limit=min(_PAGE, left or _PAGE))
-            yield from page["sessions"]
-            after = page["next"]
-            left = None if left is None else left - len(page["sessions"])
+            answer = self.call("session.list", filter=dict(words), after=after, limit=min(page, left or page), **shown)
+            yield from answer["sessions"]
+            after = answer["next"]
+            left = None if left is None else left - len(answer["sessions"])
 
     def rank(
         self, words: Mapping[str, str], sort: str, *, descending: bool = False, limit: int | None = None

@@ -487,6 +487,10 @@ class Command(_Spoken):
                     formatter.write_dl([(key, known.meaning) for key, known in clause.keys.items()])
                     formatter.write_paragraph()
                     formatter.write_text(HOW_VALUES_MATCH)
+        for clause in clauses:
+            if isinstance(clause.type, OneOf) and any(clause.type.words.values()):
+                with formatter.section(f"Keys of {clause.word}"):
+                    formatter.write_dl(list(clause.type.words.items()))
         records = [
             param.get_help_record(ctx)
             for param in self.get_params(ctx)

@@ -22,6 +22,9 @@ from .grammar import Asked, Group, Moment, Number, OneOf, Text, argument, clause
 #: The width of a page that has none: nothing is broken or left out, for whoever searches in it.
 _NO_END = 10_000
 
+#: Of a long listing, so many lines are printed at once: about a page of the daemon's.
+_LINES_AT_ONCE = 1000
+
 _SESSION_ID = Number(1, 2**31 - 1, live="session")
 _PORT = Number(0, 65535)
 #: An SPI as strongSwan, tcpdump or fwd write it.
@@ -99,26 +102,37 @@ def show_session() -> None:
 
 @show_session.command("all")
 @filtered({**FILTER_KEYS, **_COUNT})
+@clause("sort", type=OneOf(SORT_KEYS), metavar="KEY", help="In this order; of equals the older first.")
+@clause("descending", is_flag=True, help="The other way round: the largest first.")
+@clause("limit", type=Number(1, 2**31 - 1), metavar="N", help="So many at most.")
 @json_option
 @click.pass_obj
-def show_session_all(asked: Asked, chosen: dict[str, str]) -> None:
+def show_session_all(
+    asked: Asked, chosen: dict[str, str], sort: str | None, descending: bool, limit: int | None
+) -> None:
     """Show all sessions, or how many with 'filter ... count yes'.
+
+    They come in the order of their ids, if no other is asked for.
 
     \b
       ... all filter application ipsec-udp state active
       ... all filter source 198.51.100.0/24,2001:db8::/32 to untrust
       ... all filter state not active,opening
       ... all filter spi 0x64f66f40                       an SPI as tcpdump shows it
+      ... all sort bytes descending limit 10
     """
     count = chosen.pop("count", "no")
     if count not in ("yes", "no"):
         raise click.UsageError(f"filter count: found '{count}', want yes or no")
+    if descending and sort is None:
+        sort = "id"
     if count == "yes":
+        if sort or limit:
+            raise click.UsageError("filter count yes says how many: sort and limit make no sense with it")
         asked.show(asked.client.session_count(chosen), lambda answer: render.session_count(answer["count"]))
-    elif asked.as_json:
-        click.echo(json.dumps({"sessions": list(asked.client.sessions(chosen))}, indent=2))
-    else:
-        _print_lines(render.session_rows(asked.client.sessions(chosen)))
+        return
+    sessions = asked.client.sessions(chosen, sort, descending=descending, limit=limit, brief=not asked.as_json)
+    _print_lines(render.json_list("sessions", sessions) if asked.as_json else render.session_rows(sessions))
 
 
 @show_session.command(
@@ -141,7 +155,7 @@ def show_session_id(asked: Asked, session_id: int) -> None:
 @json_option
 @click.pass_obj
 def show_session_info(asked: Asked) -> None:
-    """Show how full the session table is, rates, and timeouts."""
+    """Show use of the session table, rates, timeouts, limits."""
     asked.show(asked.client.call("session.info"), render.session_info)
 
 
@@ -423,8 +437,10 @@ def clear_session_all(asked: Asked, chosen: dict[str, str]) -> None:
 
 
 def _print_lines(lines: Iterable[str]) -> None:
-    for line in lines:
-        click.echo(line)
+    """Print very many lines: many at once, because each that is printed is flushed."""
+    coming = iter(lines)
+    while some := list(islice(coming, _LINES_AT_ONCE)):
+        click.echo("\n".join(some))
 
 
 def run(tree: click.Command, words: Sequence[str], asked: Asked | None = None, prefix: str = "fwctl: ") -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import textwrap
 import time
 from collections import Counter
@@ -26,6 +27,15 @@ _NO_SESSIONS = "No Active Sessions"
 def session_count(count: int) -> str:
     """`show session all filter ... count yes`."""
     return f"Number of sessions that match filter: {count}" if count else _NO_SESSIONS
+
+
+def json_list(name: str, items: Iterable[Any]) -> Iterable[str]:
+    """A JSON object with one list, as lines while it comes: an item each. Nothing before the first one is there."""
+    line = None
+    for item in items:
+        yield f"{{{json.dumps(name)}: [" if line is None else f"{line},"
+        line = json.dumps(item)
+    yield from (line, "]}") if line is not None else (json.dumps({name: []}),)
 
 
 # --- show session all -----------------------------------------------------------------------------------
@@ -402,51 +412,82 @@ def spi_hex(number: int) -> str:
 
 
 def session_info(facts: Mapping[str, Any]) -> str:
-    """`show session info`."""
-    active = facts["active"]
-    ageing, path, limits = facts["accelerated_ageing"], facts["fast_path"], facts["limits"]
-    sections: list[list[tuple[str, str]]] = [
-        [
-            ("Number of sessions supported:", f"{facts['sessions_supported']}"),
-            ("Number of allocated sessions:", f"{facts['sessions_allocated']}"),
-            *((f"Number of active {name} sessions:", f"{count}") for name, count in active.items()),
-            ("Number of active predict sessions:", f"{facts['predicted']}"),
-            ("Number of discard sessions:", f"{facts['discard']}"),
-            ("Number of ended sessions still readable:", f"{facts['ended_readable']}"),
-            ("Session table utilization:", f"{facts['utilization_percent']}%"),
-            ("Number of sessions created since start:", f"{facts['created_since_start']}"),
-            ("Packet rate:", f"{facts['packet_rate']:.0f}/s"),
-            ("Throughput:", f"{facts['throughput_kbps']:.0f} kbps"),
-            ("New connection establish rate:", f"{facts['new_session_rate']:.0f} cps"),
-        ],
-        [
-            ("Fast path in the kernel:", "on" if path["on"] else "off"),
-            ("  SPIs it decides on:", f"{path['spis_in_kernel']} of {path['capacity']}"),
-            ("  Packets it decides on:", f"{path['packet_rate']:.0f}/s"),
-        ],
-        [
-            ("Session timeout", ""),
-            *((f"  {name} timeout:", f"{seconds} secs") for name, seconds in facts["timeouts_s"].items()),
-        ],
-        [
-            ("Session limits, 0 for none", ""),
-            ("  Sessions of one source:", f"{limits['source']['most']} at most, limit {limits['source']['limit']}"),
-            ("  Sessions of two peers:", f"{limits['peers']['most']} at most, limit {limits['peers']['limit']}"),
-            ("  Half-open sessions:", f"{limits['half_open']['now']}, limit {limits['half_open']['limit']}"),
-            ("  Packets dropped for these limits:", f"{limits['dropped']}"),
-        ],
-        [
-            ("Session accelerated aging:", f"{ageing['enabled']}"),
-            ("  Accelerated aging threshold:", f"{ageing['threshold_percent']}% of utilization"),
-            ("  Scaling factor:", f"{ageing['factor']} X"),
-            ("  Active now:", f"{ageing['active']}"),
-        ],
+    """`show session info`: PAN-OS's sections and labels as far as fwd has what they tell, and then its own."""
+    sections: list[Iterable[tuple[str, object]]] = [
+        _table_use(facts),
+        [("Session timeout", ""), *_timeouts(facts)],
+        _ageing(facts["accelerated_ageing"], facts["ager"]),
+        [("Session setup", ""), *_setup(facts["setup"])],
+        [("Session limits, 0 for none", ""), *_limits(facts["limits"])],
+        _fast_path(facts["fast_path"]),
+        [("Session behavior when resource limit is reached:", "drop"), *_room(facts)],
     ]
     lines = [_RULE]
     for section in sections:
-        lines += [f"{label:<49}{value}".rstrip() for label, value in section]
+        lines += [f"{label:<48} {value}".rstrip() for label, value in section]
         lines.append(_RULE)
     return "\n".join(lines)
+
+
+def _table_use(facts: Mapping[str, Any]) -> Iterable[tuple[str, object]]:
+    yield "Number of sessions supported:", facts["sessions_supported"]
+    yield "Number of allocated sessions:", facts["sessions_allocated"]
+    for name, count in facts["active"].items():
+        yield f"Number of active {name} sessions:", count
+    yield "Number of active predict sessions:", facts["predicted"]
+    yield "Number of discard sessions:", facts["discard"]
+    yield "Number of ended sessions still readable:", facts["ended_readable"]
+    yield "Session table utilization:", f"{facts['utilization_percent']}%"
+    yield "Number of sessions created since bootup:", facts["created_since_start"]
+    yield "Packet rate:", f"{facts['packet_rate']:.0f}/s"
+    yield "Throughput:", f"{facts['throughput_kbps']:.0f} kbps"
+    yield "New connection establish rate:", f"{facts['new_session_rate']:.0f} cps"
+
+
+def _timeouts(facts: Mapping[str, Any]) -> Iterable[tuple[str, object]]:
+    for name, seconds in facts["timeouts_s"].items():
+        if name != "discard":
+            yield f"  {name} default timeout:", f"{seconds} secs"
+    yield "  Session timeout in discard state:", f"{facts['timeouts_s']['discard']} secs"
+    yield "  Session timeout after tunnel down:", f"{facts['tunnel_down_timeout_s']:g} secs"
+    yield "  Ended sessions stay readable for:", f"{facts['readable_s']} secs"
+
+
+def _ageing(ageing: Mapping[str, Any], ager: Mapping[str, Any]) -> Iterable[tuple[str, object]]:
+    yield "Session accelerated aging:", ageing["enabled"]
+    yield "  Accelerated aging threshold:", f"{ageing['threshold_percent']}% of utilization"
+    yield "  Scaling factor:", f"{ageing['factor']} X"
+    yield "  Active now:", ageing["active"]
+    yield "  Sessions aged out:", ager["aged_out"]
+    next_look = ager["next_look_s"]
+    yield "  Next session to be looked at:", "none" if next_look is None else f"in {next_look:.0f} secs"
+
+
+def _setup(setup: Mapping[str, Any]) -> Iterable[tuple[str, object]]:
+    yield "  IPv6 firewalling:", True
+    yield "  ESP in transit, ports shown:", setup["transit_ports"]
+    yield "  ESP in transit, may pass:", setup["pass_through"]
+    grace = f"{setup['unknown_spi']}, after {setup['unknown_spi_grace_s']} secs"
+    yield "  ESP to or from this host, SPI unknown:", grace
+
+
+def _limits(limits: Mapping[str, Any]) -> Iterable[tuple[str, object]]:
+    yield "  Sessions of one source:", f"{limits['source']['most']} at most, limit {limits['source']['limit']}"
+    yield "  Sessions of two peers:", f"{limits['peers']['most']} at most, limit {limits['peers']['limit']}"
+    yield "  Half-open sessions:", f"{limits['half_open']['now']}, limit {limits['half_open']['limit']}"
+    yield "  Packets dropped for these limits:", limits["dropped"]
+
+
+def _fast_path(path: Mapping[str, Any]) -> Iterable[tuple[str, object]]:
+    yield "Fast path in the kernel:", "on" if path["on"] else "off"
+    yield "  SPIs it decides on:", f"{path['spis_in_kernel']} of {path['capacity']}"
+    yield "  Packets it decides on:", f"{path['packet_rate']:.0f}/s"
+
+
+def _room(facts: Mapping[str, Any]) -> Iterable[tuple[str, object]]:
+    yield "  Packets dropped, table full:", facts["setup"]["dropped_table_full"]
+    yield "  Half-open sessions give way when silent for:", f"{facts['half_open_idle_s']:g} secs"
+    yield "  Half-open sessions that gave way:", facts["ager"]["gave_way"]
 
 
 def counters(answer: Mapping[str, Any]) -> str:

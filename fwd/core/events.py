@@ -115,10 +115,14 @@ def moment_of(event: Event) -> Moment | None:
 
 
 def as_it_was(event: Event, moment: Moment | None) -> Event:
-    """The event with its session as of that moment: what identifies it and what it had counted, without its records."""
+    """The event with its session as of that moment: what identifies it and what it had counted.
+
+    Its SPIs are those of now: most events come before the packet is counted that they are about.
+    """
     if isinstance(event, ABOUT_NO_SESSION) or moment is None:
         return event
     c2s, s2c, facts, standing, generations = moment
     session = Session(event.session.id, event.session.application, Flow(*c2s), Flow(*s2c), *facts, *standing)
     session.generations = generations
+    session.c2s.uses, session.s2c.uses = event.session.c2s.uses, event.session.s2c.uses
     return replace(event, session=session)

@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ..rpc import (
     FORBIDDEN,
     INTERNAL_ERROR,
@@ -193,7 +195,10 @@ async def _send(connection: socket.socket, line: bytes) -> None:
 
 
 def _encode(message: Mapping[str, Any]) -> bytes:
-    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+    try:
+        return msgspec.json.encode(message) + b"\n"  # in a tenth of the time, which packets wait
+    except UnicodeEncodeError:  # half a surrogate pair, in somebody's id or name: JSON can escape it
+        return json.dumps(message, separators=(",", ":")).encode() + b"\n"
 
 
 def _error(identity: Any, code: int, message: str) -> bytes:

@@ -87,6 +87,19 @@ def test_filters(daemon):
     assert fwctl(*words, "state", "discard", path=daemon).stdout == "No Active Sessions\n"
 
 
+def listed(daemon, words):
+    return json.loads(fwctl(*f"show session all {words} --json".split(), path=daemon).stdout)["sessions"]
+
+
+def test_sessions_in_order_and_so_many(daemon):
+    by_address = listed(daemon, "sort source descending limit 450")
+    found = [ip_address(session["c2s"]["source"]) for session in by_address]
+    assert found[0] == ip_address(LEFT) and found == sorted(found, reverse=True) and len(set(found)) == 450
+    assert [session["id"] for session in listed(daemon, "descending limit 3")] == [1100, 1099, 1098]
+    assert [session["id"] for session in listed(daemon, "limit 3 filter source 10.0.0.0/8")] == [2, 3, 4]
+    assert len(listed(daemon, "")) == 1100 and listed(daemon, "filter state discard sort id") == []
+
+
 @pytest.mark.parametrize(
     ("words", "status", "reason"),
     [
@@ -100,6 +113,8 @@ def test_filters(daemon):
         ("show session all filter count maybe", 2, "want yes or no"),
         ("show session all filter source 1.2.3", 2, "filter source: '1.2.3' will not do"),
         ("clear session all filter count yes", 2, "no filter key 'count'"),
+        ("show session all filter count yes limit 5", 2, "sort and limit make no sense with it"),
+        ("show session all sort colour", 2, "found 'colour', want id or age"),
         ("show session id zero", 2, "found 'zero', want a number from 1 to 2147483647"),
         ("show session id -1", 2, "found '-1', want a number from 1 to 2147483647"),
         ("show session id 1_0", 2, "found '1_0', want a number"),

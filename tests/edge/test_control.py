@@ -101,6 +101,14 @@ def test_bad_requests_get_an_error_and_the_connection_goes_on(tmp_path, line, co
     assert fine == {"jsonrpc": "2.0", "id": "next", "result": {"a": 1}}
 
 
+def test_half_a_surrogate_pair_is_answered_too(tmp_path):
+    async def work(path, server):
+        (answer,) = await ask(path, request("echo", {"name": "\udcff"}, identity="\ud800"))
+        assert (answer["id"], answer["result"]) == ("\ud800", {"name": "\udcff"})
+
+    serve(tmp_path, work)
+
+
 def test_a_notification_is_done_and_not_answered(tmp_path):
     async def work(path, server):
         return await ask(path, b'{"jsonrpc":"2.0","method":"echo"}\n' + json.dumps(request("echo")).encode())

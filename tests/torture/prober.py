@@ -23,10 +23,16 @@ _SPI = 0x7E570000
 _SPIS = 16
 
 
-def prefer(pid: int) -> None:
-    """Let the machine's other work wait for this process: only what it keeps waiting by itself is to be measured."""
+def prefer(pid: int, *, is_strict: bool = False) -> None:
+    """Let the machine's other work wait for this process: only what it keeps waiting by itself is to be measured.
+
+    `is_strict`: all of it, for as long as the process has something to do (SCHED_FIFO, sched(7)).
+    """
     for task in os.listdir(f"/proc/{pid}/task"):
-        os.setpriority(os.PRIO_PROCESS, int(task), -19)
+        if is_strict:
+            os.sched_setscheduler(int(task), os.SCHED_FIFO, os.sched_param(1))
+        else:
+            os.setpriority(os.PRIO_PROCESS, int(task), -19)
 
 
 class Prober:
@@ -82,7 +88,7 @@ def _receive(source: str) -> None:
 
 
 if __name__ == "__main__":
-    prefer(os.getpid())
+    prefer(os.getpid(), is_strict=True)
     if sys.argv[1] == "send":
         _send(sys.argv[2], float(sys.argv[3]))
     else:

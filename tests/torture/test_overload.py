@@ -18,12 +18,14 @@ from pathlib import Path
 import pytest
 from vici.exception import CommandException
 
+from bench.rig import cpu_seconds
 from fwd.cli.client import Client
 from lab import Lab
-from lab.lab import default_config, wait_for
+from lab.lab import PROGRAMS, default_config, wait_for
 from tests.namespaces.conftest import accounted, witnessed
 from tests.torture.conftest import in_full
 from tests.torture.flood import Flood, counters, pin, timed
+from tests.torture.prober import Prober, prefer
 
 A, B = "198.51.100.2", "203.0.113.2"
 HERE = "192.0.2.1"
@@ -90,6 +92,49 @@ def test_a_full_table_refuses_counts_and_keeps_what_it_has(demo, ask):
     assert (session["c2s"]["packets"], session["state"]) == (6, "ACTIVE")
     wait_for(partial(is_all_told, demo, fwd), "all is counted")
     print(fwd.fwctl("explain", "packet", "--src", "10.9.9.9", "--dst", B, "--spi", "1").stdout)
+
+
+#: What an operator asks of a full table, and how many lines it prints of so many sessions.
+LISTINGS: dict[str, Callable[[int], int]] = {
+    "": lambda _: 0,
+    "show session all": lambda count: 4 + 2 * count,
+    "show session all filter source 10.0.0.0/8 spi not 1,0x2 min-kb not 1000": lambda count: 4 + 2 * count,
+    "show session all filter min-kb 1000000": lambda _: 1,
+    "show session all sort bytes descending": lambda count: 4 + 2 * count,
+    "show session all --json": lambda count: count + 2,
+    "clear session all filter tunnel nobody": lambda _: 1,
+}
+
+
+@pytest.mark.timeout(600)
+def test_long_listings_keep_no_packet_waiting(demo, ask):
+    """Probes that fwd looks at one by one, while fwctl prints a table whose counts are in the kernel."""
+    flood = Flood(demo)
+    probed = '[[rules]]\nname = "probes"\nsource = ["198.51.100.2"]\naction = "allow"\ninspect = "every-packet"\n\n'
+    more = "[dataplane]\nmax-sessions = 131072\nqueue-length = 16384\n[limits]\nhalf-open = 0\npeers = 0\nsource = 0\n"
+    fwd = demo.start_fwd(default_config().replace("[[rules]]", probed + "[[rules]]", 1) + more)
+    prefer(fwd.pid, is_strict=True)
+    client = ask()
+    size = in_full(100_000, 3000)
+    while client.call("session.info")["sessions_allocated"] < size:
+        flood.send(size, sources=size, rate=6000)
+    out = demo.hosts["fwd"].path("/run/listing")
+    for words, lines in LISTINGS.items():
+        prober, began, used = Prober(demo, "site-a", "site-b"), time.monotonic(), cpu_seconds(fwd.pid)
+        if words:
+            with out.open("w") as page:
+                listing = demo.hosts["fwd"].start([str(PROGRAMS / "fwctl"), *words.split()], stdout=page, stderr=page)
+                assert listing.wait(120) == 0
+            elapsed = time.monotonic() - began
+            sessions = client.call("session.info")["sessions_allocated"]
+            assert abs(out.read_text().count("\n") - lines(sessions)) <= 4, "the probes' own may come meanwhile"
+        else:
+            time.sleep(elapsed := in_full(5.0, 0.5))
+        used = cpu_seconds(fwd.pid) - used
+        seen = prober.stop()
+        print(f"{words or 'nothing asked'}: {elapsed:.1f} s, {used:.1f} s of fwd's CPU; {seen}")
+        assert seen["received"] == seen["sent"]
+        assert seen["worst_ms"] < 500  # generous, for machines that do other work too
 
 
 @pytest.mark.timeout(180)
