@@ -108,7 +108,7 @@ def test_a_reload_is_whole_or_not_at_all(transit):
     fwd = transit.start_fwd()
     transit.initiate("sites-v4")
     fwd.reload(default_config().replace('action = "allow"', 'action = "perhaps"'))
-    assert "rules.0.action: found 'perhaps'; want 'allow' or 'deny'" in fwd.log
+    assert "rules #1 'any-any', action: found 'perhaps'; want 'allow' or 'deny'" in fwd.log
     fwd.reload(default_config() + "[dataplane]\nqueue = 21\n")
     assert "dataplane.queue: only a restart changes this" in fwd.log
     assert transit.ping("sites-v4") == 3
