@@ -3,6 +3,7 @@
 # make torture faults, floods, hostile packets, in full (half an hour)
 # make bench   what it costs, beside plain forwarding, C and Suricata (some minutes)
 # make install the daemon, the client, the unit, under /usr/local
+# make deb     the same as a Debian package, in build/ (make deb-test: installs, upgrades and purges it, on a system of its own)
 #
 # What is missing on this machine (Debian packages, a virtual environment) is installed first.
 
@@ -21,6 +22,7 @@ COMPLETIONS := bash:bash-completion/completions/fwctl zsh:zsh/site-functions/_fw
 BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev libnetfilter-queue-dev
 RUN_PACKAGES := nftables iptables
 LAB_PACKAGES := iproute2 iputils-ping procps tcpdump mmdebstrap systemd ethtool nfdump
+DEB_PACKAGES := debhelper dpkg-dev
 
 define need
 	@missing=$$(for p in $(1); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
@@ -31,10 +33,10 @@ define need
 	fi
 endef
 
-.PHONY: help setup demo lint test torture unit bench install uninstall clean
+.PHONY: help setup demo lint test torture unit bench install uninstall deb clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -5
+	@sed -n 's/^# //p' Makefile | head -6
 
 setup: $(READY)
 
@@ -98,6 +100,21 @@ uninstall:
 	  /etc/systemd/system/fwd.service /etc/systemd/system/strongswan.service.d/fwd.conf
 	@if [ -d /run/systemd/system ]; then $(SUDO) systemctl daemon-reload; fi
 	@echo "Removed. /etc/fwd is left: it is yours."
+
+# systemd/debian/ says what is in it. It is built from what git knows and from what was changed since.
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' fwd/__init__.py)
+DEB_TREE := build/deb/fwd
+
+deb:
+	$(call need,$(BUILD_PACKAGES) $(DEB_PACKAGES))
+	rm -rf build/deb build/fwd_*.deb
+	mkdir -p $(DEB_TREE)
+	cp -R pyproject.toml README.md ARCHITECTURE.md CHANGELOG.md fwd systemd docs $(DEB_TREE)
+	mv $(DEB_TREE)/systemd/debian $(DEB_TREE)/debian
+	printf 'fwd (%s) unstable; urgency=medium\n\n  * See CHANGELOG.md.\n\n -- %s  %s\n' '$(VERSION)' \
+	  "$$(sed -n 's/^Maintainer: //p' systemd/debian/control)" "$$(date -R)" > $(DEB_TREE)/debian/changelog
+	cd $(DEB_TREE) && dpkg-buildpackage --build=binary --unsigned-changes
+	mv build/deb/fwd_*.deb build/
 
 clean:
 	rm -rf $(VENV) build *.egg-info
