@@ -3,7 +3,7 @@
 # make torture faults, floods, hostile packets, in full (half an hour)
 # make bench   what it costs, beside plain forwarding, C and Suricata (some minutes)
 # make install the daemon, the client, the unit, under /usr/local
-# make deb     the same as a Debian package, in build/ (make deb-test: installs, upgrades and purges it, on a system of its own)
+# make deb     the same as a Debian package, in build/; `make deb-test` installs, upgrades and purges it
 #
 # What is missing on this machine (Debian packages, a virtual environment) is installed first.
 
@@ -18,11 +18,11 @@ INSTALLED := /usr/local/lib/fwd
 COMPLETIONS := bash:bash-completion/completions/fwctl zsh:zsh/site-functions/_fwctl \
   fish:fish/vendor_completions.d/fwctl.fish
 
-# To build netfilterqueue; to install rules; for the lab and its tests.
+# To build netfilterqueue; to install rules and to reload; for the package; for the lab and its tests.
 BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev libnetfilter-queue-dev
-RUN_PACKAGES := nftables iptables
-LAB_PACKAGES := iproute2 iputils-ping procps tcpdump mmdebstrap systemd ethtool nfdump
+RUN_PACKAGES := nftables iptables procps
 DEB_PACKAGES := debhelper dpkg-dev
+LAB_PACKAGES := iproute2 iputils-ping tcpdump mmdebstrap systemd ethtool nfdump
 
 define need
 	@missing=$$(for p in $(1); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
@@ -33,7 +33,7 @@ define need
 	fi
 endef
 
-.PHONY: help setup demo lint test torture unit bench install uninstall deb clean
+.PHONY: help setup demo lint test torture unit bench install uninstall deb deb-test clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -6
@@ -101,7 +101,7 @@ uninstall:
 	@if [ -d /run/systemd/system ]; then $(SUDO) systemctl daemon-reload; fi
 	@echo "Removed. /etc/fwd is left: it is yours."
 
-# systemd/debian/ says what is in it. It is built from what git knows and from what was changed since.
+# systemd/debian/ says what is in it. It is for the Debian and the Python that build it.
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' fwd/__init__.py)
 DEB_TREE := build/deb/fwd
 
@@ -115,6 +115,10 @@ deb:
 	  "$$(sed -n 's/^Maintainer: //p' systemd/debian/control)" "$$(date -R)" > $(DEB_TREE)/debian/changelog
 	cd $(DEB_TREE) && dpkg-buildpackage --build=binary --unsigned-changes
 	mv build/deb/fwd_*.deb build/
+
+# On a system of its own, in namespaces, whose first process is systemd.
+deb-test: deb $(READY)
+	$(SUDO) env FWD_DEB="$$(echo build/fwd_*.deb)" $(VENV)/bin/python -m pytest -v tests/systemd/test_package.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,4 +1,4 @@
-"""Root folders with packages of Debian 13 in them, made once and kept in a cache: programs newer than those here."""
+"""Root folders with packages of Debian in them, made once and kept in a cache: programs newer than those here, say."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def cache_folder() -> Path:
     return Path(base) / "fwd-lab"
 
 
-def root_folder(name: str, packages: str, say: Callable[[str], None] = lambda _: None) -> Path:
-    """The root folder of that name, with these Debian 13 packages; makes it if there is none. Raises LabError."""
+def root_folder(name: str, packages: str, say: Callable[[str], None] = lambda _: None, release: str = "trixie") -> Path:
+    """The root folder of that name, with these packages of a release; makes it if there is none. Raises LabError."""
     folder = cache_folder()
     root = folder / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def root_folder(name: str, packages: str, say: Callable[[str], None] = lambda _:
         shutil.rmtree(unfinished, ignore_errors=True)  # of one that was killed: who holds the lock is alone
         unfinished.mkdir()
         try:
-            command = [*_LEASH, "mmdebstrap", "--variant=apt", f"--include={packages}", "trixie", str(unfinished)]
+            command = [*_LEASH, "mmdebstrap", "--variant=apt", f"--include={packages}", release, str(unfinished)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
             if done.returncode:
                 raise LabError(f"mmdebstrap failed, is Debian's mirror reachable? {done.stderr[-1000:]}")
