@@ -29,6 +29,12 @@ for number in range(int(sys.argv[1]), int(sys.argv[2])):
     time.sleep(0.01)
 """
 
+IMPORT_ALL = """
+import importlib, pkgutil, fwd
+for each in pkgutil.walk_packages(fwd.__path__, "fwd."):
+    importlib.import_module(each.name)
+"""
+
 pytestmark = [
     pytest.mark.skipif(not PACKAGE, reason="make deb-test runs it"),
     pytest.mark.timeout(900),  # the first time a root folder is made
@@ -59,6 +65,8 @@ def test_it_installs_runs_upgrades_and_purges_clean(machine):
     assert says(machine, "ps -o user= -C fwd").split() == ["fwd"]
     assert "queue-rules: " in says(machine, "fwctl show system info")
     assert "systemctl" in says(machine, "fwd --print-default-config")
+    done = machine.run("/usr/lib/fwd/bin/python3", "-c", IMPORT_ALL)  # nothing was taken out that fwd needs
+    assert (done.returncode, done.stderr) == (0, "")
     for page in ("man1/fwctl.1.gz", "man5/fwd.toml.5.gz", "man8/fwd.8.gz"):
         assert machine.path(f"/usr/share/man/{page}").exists()
     completes = "COMP_WORDS='fwctl show sess' COMP_CWORD=2 _FWCTL_COMPLETE=bash_complete fwctl"
@@ -67,6 +75,8 @@ def test_it_installs_runs_upgrades_and_purges_clean(machine):
     # A strongSwan that starts later lets it in.
     says(machine, "systemctl start strongswan")
     wait_for(lambda: "strongswan: connected" in says(machine, "fwctl show system info"))
+
+    says(machine, "fwctl doctor")  # it finds no problem
 
     # A reload takes what the operator wrote.
     config = machine.path("/etc/fwd/fwd.toml")
