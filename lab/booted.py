@@ -40,7 +40,10 @@ _START_S = 60.0
 
 
 class Booted:
-    """A booted root folder; a context manager. It ends, whatever happens, with the thread that made it."""
+    """A booted root folder; a context manager. It ends, whatever happens, with the thread that made it.
+
+    Killed, that one leaves an empty control group behind: `rmdir` takes it away.
+    """
 
     def __init__(self, root: Path) -> None:
         """Raises LabError if systemd does not come up."""
@@ -104,8 +107,10 @@ class Booted:
             if state in ("running", "degraded"):
                 return
             time.sleep(0.1)
-        self._process.end()
-        raise LabError(f"systemd did not come up, its last state is {state!r}")
+        self._process.popen.kill()  # and all of it with that
+        assert self._process.popen.stderr is not None
+        reason = self._process.popen.stderr.read().strip()
+        raise LabError(f"systemd did not come up, run as root? Its last state: {state!r}. {reason}")
 
 
 def _control_groups() -> Path:
