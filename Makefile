@@ -99,7 +99,7 @@ uninstall:
 	$(SUDO) rm -f /usr/local/sbin/fwd /usr/local/bin/fwctl /usr/local/lib/sysusers.d/fwd.conf \
 	  /etc/systemd/system/fwd.service /etc/systemd/system/strongswan.service.d/fwd.conf
 	@if [ -d /run/systemd/system ]; then $(SUDO) systemctl daemon-reload; fi
-	@echo "Removed. /etc/fwd is left: it is yours."
+	@echo "Removed. /etc/fwd and /var/log/fwd are left: they are yours."
 
 # systemd/debian/ says what is in it. It is for the Debian and the Python that build it.
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' fwd/__init__.py)
