@@ -367,9 +367,12 @@ def test_a_kernel_that_never_answers_again_holds_up_no_events_for_ever():
 
 def test_very_many_elements_of_few_sessions_are_cleared_in_slices():
     bench = Bench(fast_path=True)
+    bench.check = lambda: None  # which looks at all elements, for each packet
     for number in range(4):
         for spi in range(1, 601):
             bench.forward(esp(f"10.0.0.{number + 1}", RIGHT, spi))
+    del bench.check
+    bench.check()
     bench.firewall.clear(bench.sessions, bench.now)
     work = bench.firewall.take_work()
     assert len(work.removals) == 1200

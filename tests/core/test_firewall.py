@@ -635,7 +635,8 @@ def shown(bench):
 
 @example([("receive", 1), ("up", 3), ("down", 3), ("up", 1)], UnknownSpi.GENERIC, 4)  # back, and used before it is told
 @given(STEPS, st.sampled_from(UnknownSpi), st.integers(4, 5))
-@hypothesis_settings(max_examples=300, deadline=None)
+@pytest.mark.timeout(180)
+@hypothesis_settings(max_examples=150, deadline=None)
 def test_any_order_of_things_looks_the_same_with_and_without_the_fast_path(steps, unknown_spi, max_sessions):
     changes = {"unknown_spi": unknown_spi, "max_sessions": max_sessions}
     slow, fast = Bench(**changes), Bench(fast_path=True, **changes)

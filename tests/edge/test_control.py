@@ -197,6 +197,7 @@ def test_refusals_are_counted_and_answers_that_are_no_are_not(tmp_path):
     assert serve(tmp_path, work) == 2
 
 
+@pytest.mark.alone
 def test_a_client_that_does_not_read_is_hung_up_on_and_stalls_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr(control, "READ_S", 0.3)
 

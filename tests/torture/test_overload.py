@@ -27,6 +27,8 @@ from tests.torture.conftest import in_full
 from tests.torture.flood import Flood, counters, pin, timed
 from tests.torture.prober import Prober, prefer
 
+pytestmark = pytest.mark.alone
+
 A, B = "198.51.100.2", "203.0.113.2"
 HERE = "192.0.2.1"
 

@@ -298,6 +298,7 @@ class Asked:
         self._client.close()
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(240)
 def test_ten_thousand_sas_and_storms_of_events_keep_no_packet_waiting(transit):
     folder = transit.hosts["fwd"].path("/run/hosts/fwd")
@@ -367,6 +368,7 @@ def test_ten_thousand_sas_and_storms_of_events_keep_no_packet_waiting(transit):
 # --- a real charon -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_a_charon_that_comes_back_is_known_within_two_seconds(terminated):
     """Killed, with its socket left behind and with it gone, hung, and its socket moved away and back."""
     fwd = terminated.start_fwd()
