@@ -18,6 +18,7 @@ from .lab import PROGRAMS, Lab
 from .running import Running, find, running
 from .sandbox import LabError, enter
 from .topology import drawing, load, names, summary
+from .vm import RELEASES, Image, Machine
 
 _Given = ParamSpec("_Given")
 
@@ -53,6 +54,7 @@ def lab() -> None:
       python -m lab shell demo fwd     a shell on one of its hosts; try: fwctl show session all
       python -m lab list               which labs run, which topologies there are
       python -m lab down demo          end a lab
+      python -m lab vm                 a whole machine, with a kernel and systemd of its own
 
     The first lab makes a root folder with Debian's strongSwan in ~/.cache/fwd-lab, once. Labs run side by side. Nothing
     of a lab is visible outside of it, and nothing of it is left when it ends, whatever ends it.
@@ -166,6 +168,79 @@ def list_() -> None:
         click.echo(f"runs: {entry.name} (topology {entry.topology}; hosts {hosts}; first process {entry.first_pid})")
     for topology in names():
         click.echo(f"topology: {topology:<11} {summary(topology)}")
+
+
+@lab.group()
+def vm() -> None:
+    """A whole machine in qemu: Debian's own kernel, systemd and strongSwan, with this tree in it.
+
+    \b
+      python -m lab vm run                                tests/vm, in it
+      python -m lab vm run tests/namespaces -k transit    other tests, with any words of pytest's
+      python -m lab vm shell                              a root shell in it; it goes off with the shell
+      python -m lab vm build                              only make its disk, once; `run` and `shell` do so, too
+
+    It has no network to the outside, and what happens in it changes nothing here: its disk, in ~/.cache/fwd-lab, is
+    never written to. It wants qemu-system-x86 and mmdebstrap, and uses KVM where that boots a kernel.
+    """
+
+
+_release = click.option(
+    "--release", type=click.Choice(RELEASES), default=RELEASES[0], show_default=True, help="Which Debian it is."
+)
+_acceleration = click.option(
+    "--accel",
+    type=click.Choice(["auto", "kvm", "tcg"]),
+    default="auto",
+    show_default=True,
+    help="Of the hardware, or emulated; auto: KVM if it boots a kernel here.",
+)
+
+
+@vm.command()
+@_release
+@click.option("--again", is_flag=True, help="Even if there is one: with the packages of today.")
+@_plainly
+def build(release: str, again: bool) -> None:
+    """Make the machine's disk, if it is not there."""
+    image = Image(release)
+    image.ensure(click.echo, again=again)
+    click.echo(f"{image.disk} is there")
+
+
+@vm.command(context_settings={"ignore_unknown_options": True})
+@_release
+@_acceleration
+@click.option(
+    "--results",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("build/vm"),
+    show_default=True,
+    help="Folder for junit.xml, the journal and the console; what is in it goes.",
+)
+@click.option("--time-limit", type=click.IntRange(min=60), default=1800, show_default=True, help="Seconds, in all.")
+@click.argument("tests", nargs=-1, type=click.UNPROCESSED)
+@_plainly
+def run(release: str, accel: str, results: Path, time_limit: int, tests: tuple[str, ...]) -> None:
+    """Run TESTS (words for pytest; default: tests/vm) in a machine; its exit status is pytest's."""
+    image = Image(release)
+    image.ensure(click.echo)
+    machine = Machine(image, accel)
+    command = ["python", "-m", "pytest", "--timeout=300", "--junitxml=/lab/out/junit.xml", "-p", "no:cacheprovider"]
+    outcome = machine.run([*command, *(tests or ("tests/vm",))], results, click.echo, time_limit)
+    click.echo(f"--- status {outcome.status} after {outcome.took_s:.0f} s ({outcome.acceleration}); more in {results}")
+    raise SystemExit(outcome.status)
+
+
+@vm.command("shell")
+@_release
+@_acceleration
+@_plainly
+def vm_shell(release: str, accel: str) -> None:
+    """Open a root shell in a machine, with the tree in /lab/tree and its Python in /opt/fwd-test."""
+    image = Image(release)
+    image.ensure(click.echo)
+    raise SystemExit(Machine(image, accel).shell())
 
 
 if __name__ == "__main__":

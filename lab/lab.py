@@ -14,9 +14,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from .capture import Capture
-from .root_folder import root_folder
 from .sandbox import LabError, Process, Sandbox, enter, outside_path
-from .strongswan import PACKAGES, ROOT, Charon
+from .strongswan import Charon, strongswan_root
 from .topology import FOLDER, Topology, Tunnel, load
 
 #: The programs of the same installation as the Python that runs the lab.
@@ -159,7 +158,7 @@ class Lab:
         self, topology: str, *, is_detached: bool = False, say: Callable[[str], None] = lambda _: None
     ) -> None:
         self.topology: Topology = load(topology)
-        root = root_folder(ROOT, PACKAGES, say) if any(host.charon for host in self.topology.hosts) else Path()
+        root = strongswan_root(say) if any(host.charon for host in self.topology.hosts) else Path()
         self.sandbox = Sandbox(is_detached=is_detached)
         self.hosts: dict[str, Host] = {}
         try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from .sandbox import LabError
 
 # In a pid namespace of its own nothing of a build goes on when the process that wanted it is killed.
-_LEASH = ("setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc")
+LEASH = ("setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc")
 
 
 def cache_folder() -> Path:
@@ -37,7 +37,7 @@ def root_folder(name: str, packages: str, say: Callable[[str], None] = lambda _:
         shutil.rmtree(unfinished, ignore_errors=True)  # of one that was killed: who holds the lock is alone
         unfinished.mkdir()
         try:
-            command = [*_LEASH, "mmdebstrap", "--variant=apt", f"--include={packages}", release, str(unfinished)]
+            command = [*LEASH, "mmdebstrap", "--variant=apt", f"--include={packages}", release, str(unfinished)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
             if done.returncode:
                 raise LabError(f"mmdebstrap failed, is Debian's mirror reachable? {done.stderr[-1000:]}")

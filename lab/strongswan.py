@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +20,7 @@ from pathlib import Path
 
 from vici import Session
 
+from .root_folder import root_folder
 from .sandbox import LabError, Process, enter, outside_path
 from .topology import Tunnel
 
@@ -57,6 +58,15 @@ charon-systemd {{
 """
 _SECRET = "a secret of the lab's, worth nothing"
 _START_S = 15.0
+
+
+def strongswan_root(say: Callable[[str], None] = lambda _: None) -> Path:
+    """The root folder whose strongSwan the hosts run: Debian 13's, or FWD_LAB_ROOT of the environment.
+
+    That is / in a machine which has a strongSwan of its own. Raises LabError.
+    """
+    given = os.environ.get("FWD_LAB_ROOT")
+    return Path(given) if given else root_folder(ROOT, PACKAGES, say)
 
 
 @cache

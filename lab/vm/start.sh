@@ -1,0 +1,34 @@
+# Run in the guest, as root, once in each boot: the command, and then off, or into the next boot if a test wants one.
+exec > /dev/virtio-ports/fwd.output 2>&1
+boot=$(cat /lab/boot 2>/dev/null || echo 0)
+
+finish() {
+  echo "$1" > /lab/out/status
+  journalctl --no-pager -o short-precise > /lab/out/journal
+  sync
+  systemctl --no-block poweroff
+  exit
+}
+
+[ -e /lab/running ] && { echo "the guest booted anew, by itself"; finish 70; }
+touch /lab/running
+export FWD_VM_BOOT="$boot" FWD_LAB_ROOT=/ HOME=/root PATH="/opt/fwd-test/bin:/usr/sbin:/usr/bin:/sbin:/bin" PIP_NO_INDEX=1 PIP_FIND_LINKS=/opt/wheels
+timeout 240 systemctl is-system-running --wait > /lab/out/boot-$boot
+systemd-analyze >> /lab/out/boot-$boot 2>&1
+echo "--- boot $boot: Debian $(cat /etc/debian_version), Linux $(uname -r), strongSwan $(dpkg-query -W -f='${Version}' charon-systemd)," \
+  "$(python -V); $(head -1 /lab/out/boot-$boot) after $(cut -d' ' -f1 /proc/uptime) s"
+
+# fwd and fwctl of this tree, for the tests' Python: its packages are in the image.
+[ "$boot" != 0 ] || pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e . || finish 71
+sh /lab/command
+status=$?
+rm /lab/running
+# A test that goes on in the next boot has left its name there.
+if [ "$status" = 0 ] && [ -e /lab/again ]; then
+  mv /lab/again /lab/command
+  echo $((boot + 1)) > /lab/boot
+  sync
+  systemctl --no-block reboot
+  exit
+fi
+finish "$status"
