@@ -1,5 +1,6 @@
 # make demo    the main job on real ESP, in a lab of network namespaces
 # make test    lint and all tests
+# make test-vm on Debian's own kernel, systemd and strongSwan, in a virtual machine
 # make torture faults, floods, hostile packets, in full (half an hour)
 # make bench   what it costs, beside plain forwarding, C and Suricata (some minutes)
 # make install the daemon, the client, the unit, under /usr/local
@@ -23,6 +24,7 @@ BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev libnetfilter-queue-dev
 RUN_PACKAGES := nftables iptables procps
 DEB_PACKAGES := debhelper dpkg-dev
 LAB_PACKAGES := iproute2 iputils-ping tcpdump mmdebstrap systemd ethtool nfdump
+VM_PACKAGES := qemu-system-x86 mmdebstrap e2fsprogs git
 
 define need
 	@missing=$$(for p in $(1); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
@@ -33,10 +35,10 @@ define need
 	fi
 endef
 
-.PHONY: help setup demo lint test torture unit bench install uninstall deb deb-test clean
+.PHONY: help setup demo lint test test-vm torture unit bench install uninstall deb deb-test clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -6
+	@sed -n 's/^# //p' Makefile | head -7
 
 setup: $(READY)
 
@@ -59,6 +61,12 @@ lint: $(READY)
 test: lint
 	$(SUDO) $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m 'not alone'
 	$(SUDO) $(VENV)/bin/python -m pytest -m alone
+
+# The first time it makes the machine's disk. RELEASE=trixie: Debian 13.
+RELEASE ?= bookworm
+test-vm: $(READY)
+	$(call need,$(VM_PACKAGES))
+	$(SUDO) $(VENV)/bin/python -m lab vm run --release $(RELEASE)
 
 # What `make test` runs small, at full length.
 torture: $(READY)

@@ -47,6 +47,7 @@ echo '127.0.0.1 localhost fwd-vm' > /etc/hosts
 mkdir /lab
 echo '/dev/disk/by-id/virtio-lab /lab ext4 defaults 0 0' > /etc/fstab
 python3 -m venv /opt/fwd-test
+/opt/fwd-test/bin/pip install -q --disable-pip-version-check --no-cache-dir wheel
 /opt/fwd-test/bin/pip wheel -q --disable-pip-version-check --no-cache-dir -w /opt/wheels {requirements}
 /opt/fwd-test/bin/pip install -q --disable-pip-version-check --no-index --find-links /opt/wheels {requirements}
 """

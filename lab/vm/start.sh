@@ -19,16 +19,15 @@ echo "--- boot $boot: Debian $(cat /etc/debian_version), Linux $(uname -r), stro
   "$(python -V); $(head -1 /lab/out/boot-$boot) after $(cut -d' ' -f1 /proc/uptime) s"
 
 # fwd and fwctl of this tree, for the tests' Python: its packages are in the image.
-[ "$boot" != 0 ] || pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e . || finish 71
-sh /lab/command
-status=$?
+[ -e /opt/fwd-test/bin/fwd ] || pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e . || finish 71
+sh /lab/command || echo $? >> /lab/failures
 rm /lab/running
-# A test that goes on in the next boot has left its name there.
-if [ "$status" = 0 ] && [ -e /lab/again ]; then
+# A test that goes on in the next boot has left the command for it.
+if [ -e /lab/again ]; then
   mv /lab/again /lab/command
   echo $((boot + 1)) > /lab/boot
   sync
   systemctl --no-block reboot
   exit
 fi
-finish "$status"
+finish "$(head -1 /lab/failures 2>/dev/null || echo 0)"

@@ -1,1 +1,71 @@
-"""A whole machine for the tests: they run in the guest of `python -m lab vm run`, which is theirs to install, break and reboot."""
+"""A whole machine for the tests: they run in the guest of `make test-vm`, which is theirs to install and to reboot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.namespaces.conftest import lab_of
+from tests.vm.site import CONFIG, Site, sh
+
+BOOT = int(os.environ.get("FWD_VM_BOOT", "-1"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Elsewhere nothing here may run: it installs fwd, and changes the machine's own rules and units."""
+    if BOOT < 0:
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason="wants a machine of its own: make test-vm"))
+
+
+@pytest.fixture(scope="session")
+def installed() -> None:
+    """The tree, installed as the README says."""
+    if not Path("/usr/local/lib/fwd").exists():
+        done = subprocess.run(
+            ["make", "install", "PYTHON=/usr/bin/python3"],
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+            env={**os.environ, "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def site(installed: None) -> Iterator[Site]:
+    """A peer beside this machine, and this machine's own strongSwan with a tunnel to it."""
+    with Site() as site:
+        yield site
+
+
+@pytest.fixture
+def service(site: Site) -> Iterator[Site]:
+    """fwd runs as the unit, with a configuration that allows all; what it logged is shown if the test fails."""
+    Path("/etc/fwd/fwd.toml").write_text(CONFIG)
+    sh("systemctl reset-failed fwd; systemctl restart fwd")
+    since = sh("date +%s.%N").strip()
+    yield site
+    Path("/etc/fwd/fwd.toml").write_text(CONFIG)
+    print(sh(f"journalctl -u fwd --no-pager --since=@{since} | tail -60"))
+
+
+@pytest.fixture
+def terminated() -> Iterator[object]:
+    yield from lab_of("terminated")
+
+
+@pytest.fixture
+def transit() -> Iterator[object]:
+    yield from lab_of("transit")
+
+
+@pytest.fixture
+def nat() -> Iterator[object]:
+    yield from lab_of("nat")
