@@ -51,6 +51,14 @@ python3 -m venv /opt/fwd-test
 /opt/fwd-test/bin/pip wheel -q --disable-pip-version-check --no-cache-dir -w /opt/wheels {requirements}
 /opt/fwd-test/bin/pip install -q --disable-pip-version-check --no-index --find-links /opt/wheels {requirements}
 """
+_INSTALL = """
+export PIP_NO_INDEX=1 PIP_FIND_LINKS=/opt/wheels PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+cd /lab/tree
+make install
+/opt/fwd-test/bin/pip install -q --no-build-isolation --no-deps -e .
+rm -rf build
+/opt/fwd-test/bin/python -m compileall -q fwd lab tests
+"""
 # pip finds the index as it does outside: with the same name servers, certificates and configuration.
 _AS_OUTSIDE = ("/etc/resolv.conf", "/etc/pip.conf", "/etc/ssl/certs")
 _ENTER = """
@@ -133,7 +141,24 @@ class Image:
             (found,) = (root / "boot").glob(pattern)
             shutil.copyfile(found, folder / name)
         _run(["mke2fs", "-q", "-t", "ext4", "-d", str(root), str(folder / "disk"), _SIZE])
-        shutil.rmtree(root)
+
+    def install(self, tree: Path, folder: Path) -> Path:
+        """Install a tree with `make install`, and for the tests' Python, on the image; gives what is new then.
+
+        That is done here, in the image's root folder, because emulated it takes minutes. The image does not change.
+        Raises LabError.
+        """
+        (folder / "new").mkdir()
+        (folder / "work").mkdir()
+        (folder / "root").mkdir()
+        layers = f"lowerdir={self.folder}/root,upperdir={folder}/new,workdir={folder}/work"
+        mount = f"mount -t overlay -o {layers} none {folder}/root"
+        bind = f"mkdir {folder}/root/lab/tree && mount --bind {tree} {folder}/root/lab/tree"
+        enter = f"{mount} && {bind} && {_ENTER.format(paths='')}"
+        _run([*LEASH, "sh", "-c", enter, "sh", str(folder / "root"), "sh", "-ec", _INSTALL])
+        shutil.rmtree(folder / "new/lab")
+        shutil.rmtree(folder / "new/tmp", ignore_errors=True)
+        return folder / "new"
 
     def _inputs(self) -> str:
         files = [path.name + path.read_text() for path in sorted(_GUEST.iterdir())]

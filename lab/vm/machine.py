@@ -37,7 +37,7 @@ class Outcome:
 
 
 class Machine:
-    """A guest of an image, with this tree in it. Nothing that it does changes the image."""
+    """A guest of an image, with this tree in it, and installed. Nothing that it does changes the image."""
 
     def __init__(self, image: Image, acceleration: str = "auto", memory_mib: int = 2048, processors: int = 2) -> None:
         if shutil.which("qemu-system-x86_64") is None:
@@ -133,6 +133,7 @@ class Machine:
                 target = content / "tree" / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(_TREE / name, target)
+        self._image.install(content / "tree", folder).rename(content / "new")
         shutil.copyfile(_START, content / "start")
         (content / "command").write_text(command + "\n")
         columns, lines = shutil.get_terminal_size()

@@ -18,8 +18,10 @@ systemd-analyze >> /lab/out/boot-$boot 2>&1
 echo "--- boot $boot: Debian $(cat /etc/debian_version), Linux $(uname -r), strongSwan $(dpkg-query -W -f='${Version}' charon-systemd)," \
   "$(python -V); $(head -1 /lab/out/boot-$boot) after $(cut -d' ' -f1 /proc/uptime) s"
 
-# fwd and fwctl of this tree, for the tests' Python: its packages are in the image.
-[ -e /opt/fwd-test/bin/fwd ] || pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e . || finish 71
+# The first boot finds what `make install` has made on the image.
+if [ -e /lab/new ]; then
+  cp -a /lab/new/. / && rm -rf /lab/new && systemctl daemon-reload || finish 71
+fi
 sh /lab/command || echo $? >> /lab/failures
 rm /lab/running
 # A test that goes on in the next boot has left the command for it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,22 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def installed() -> None:
-    """The tree, installed as the README says."""
-    if not Path("/usr/local/lib/fwd").exists():
-        done = subprocess.run(
-            ["make", "install", "PYTHON=/usr/bin/python3"],
-            capture_output=True,
-            text=True,
-            timeout=280,
-            check=False,
-            env={**os.environ, "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.fixture(scope="session")
-def site(installed: None) -> Iterator[Site]:
+def site() -> Iterator[Site]:
     """A peer beside this machine, and this machine's own strongSwan with a tunnel to it."""
     with Site() as site:
         yield site
