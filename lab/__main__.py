@@ -218,7 +218,7 @@ def build(release: str, again: bool) -> None:
     show_default=True,
     help="Folder for junit.xml, the journal and the console; what is in it goes.",
 )
-@click.option("--time-limit", type=click.IntRange(min=60), default=1800, show_default=True, help="Seconds, in all.")
+@click.option("--time-limit", type=click.IntRange(min=60), default=3600, show_default=True, help="Seconds, in all.")
 @click.argument("tests", nargs=-1, type=click.UNPROCESSED)
 @_plainly
 def run(release: str, accel: str, results: Path, time_limit: int, tests: tuple[str, ...]) -> None:

@@ -14,14 +14,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from .capture import Capture
-from .sandbox import LabError, Process, Sandbox, enter, outside_path
+from .sandbox import PATIENCE, LabError, Process, Sandbox, enter, outside_path
 from .strongswan import Charon, strongswan_root
 from .topology import FOLDER, Topology, Tunnel, load
 
 #: The programs of the same installation as the Python that runs the lab.
 PROGRAMS = Path(sys.executable).parent
 
-_START_S = 20.0
+_START_S = 20.0 * PATIENCE
 
 
 class Host:
@@ -40,7 +40,7 @@ class Host:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=timeout * PATIENCE,
             check=False,
         )
         if check and done.returncode:
@@ -296,9 +296,9 @@ def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 30) -> 
 
     The time is generous, for machines that do other work too.
     """
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + timeout_s * PATIENCE
     while not (value := condition()):
         if time.monotonic() > deadline:
-            raise LabError(f"waited {timeout_s:g} s in vain until {what}")
+            raise LabError(f"waited {timeout_s * PATIENCE:g} s in vain until {what}")
         time.sleep(0.05)
     return value

@@ -24,6 +24,9 @@ echo ready || exit
 exec 1>&- ; [ -z "$1" ] || read -r || exit
 while : ; do sleep 3600 & wait $! ; done
 """
+#: How many times as long as usual things may take, from FWD_LAB_PATIENCE: more than 1 on an emulated machine.
+PATIENCE = float(os.environ.get("FWD_LAB_PATIENCE", "1"))
+
 _UNSHARE = ("unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "--mount", "--net", "--uts")
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from vici import Session
 
 from .root_folder import root_folder
-from .sandbox import LabError, Process, enter, outside_path
+from .sandbox import PATIENCE, LabError, Process, enter, outside_path
 from .topology import Tunnel
 
 #: For root_folder.
@@ -57,7 +57,7 @@ charon-systemd {{
 }}
 """
 _SECRET = "a secret of the lab's, worth nothing"
-_START_S = 15.0
+_START_S = 15.0 * PATIENCE
 
 
 def strongswan_root(say: Callable[[str], None] = lambda _: None) -> Path:
@@ -170,7 +170,7 @@ class Charon:
     def session(self) -> Iterator[Session]:
         """A VICI session, with a timeout of 10 s. Raises OSError while charon is not there."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(10)
+            connection.settimeout(10 * PATIENCE)
             connection.connect(str(outside_path(self._first_pid, self.vici_path)))
             yield Session(connection)
 
@@ -202,7 +202,7 @@ class Charon:
         before = self.installed(tunnel)
         with self.session() as vici:
             vici.rekey({"child": tunnel})
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 10 * PATIENCE
         while time.monotonic() < deadline:
             for sa in self._sas():
                 if sa.name == tunnel and sa.state == "INSTALLED" and sa.uniqueid > before.uniqueid:
@@ -226,7 +226,7 @@ class Charon:
         before = self._ike_ids(tunnel)
         with self.session() as vici:
             vici.rekey(what)
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 15 * PATIENCE
         while time.monotonic() < deadline:
             after = self._ike_ids(tunnel)
             if after and not after & before:

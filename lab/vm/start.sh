@@ -12,7 +12,7 @@ finish() {
 
 [ -e /lab/running ] && { echo "the guest booted anew, by itself"; finish 70; }
 touch /lab/running
-export FWD_VM_BOOT="$boot" FWD_LAB_ROOT=/ HOME=/root PATH="/opt/fwd-test/bin:/usr/sbin:/usr/bin:/sbin:/bin" PIP_NO_INDEX=1 PIP_FIND_LINKS=/opt/wheels
+export FWD_VM_BOOT="$boot" FWD_LAB_ROOT=/ FWD_LAB_PATIENCE=5 HOME=/root PATH="/opt/fwd-test/bin:/usr/sbin:/usr/bin:/sbin:/bin" PIP_NO_INDEX=1 PIP_FIND_LINKS=/opt/wheels
 timeout 240 systemctl is-system-running --wait > /lab/out/boot-$boot
 systemd-analyze >> /lab/out/boot-$boot 2>&1
 echo "--- boot $boot: Debian $(cat /etc/debian_version), Linux $(uname -r), strongSwan $(dpkg-query -W -f='${Version}' charon-systemd)," \
