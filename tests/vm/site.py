@@ -97,6 +97,11 @@ class Site:
     def __enter__(self) -> Self:
         if not succeeds("ip netns exec peer true"):
             sh(f"set -e; {_LINK}", check=True)
+        # Python alone takes seconds to start on an emulated machine, and `fwd --remove-rules` is one.
+        patience = Path("/run/systemd/system/fwd.service.d/patience.conf")
+        patience.parent.mkdir(parents=True, exist_ok=True)
+        patience.write_text("[Service]\nTimeoutStopSec=90s\n")
+        sh("systemctl daemon-reload", check=True)
         Path("/run/hosts/peer").mkdir(parents=True, exist_ok=True)
         self.peer = Charon(1, "peer", (TUNNEL,), Path("/"))
         self.peer.start()

@@ -171,7 +171,7 @@ listen = "127.0.0.1:9400"
         "/usr/bin/python3 -c 'import urllib.request as u; print(u.urlopen(\"http://127.0.0.1:9400/metrics\").read())'"
     )
     assert "fwd_" in page
-    wait_for(lambda: fwctl("show", "log", "traffic")["entries"], "the traffic log has it", 15)
+    wait_for(lambda: "ipsec-udp" in sh("/usr/local/bin/fwctl show log traffic"), "the traffic log has it", 15)
     assert unit("fwd", "NRestarts") == "0" and unit("fwd", "ActiveState") == "active"
     log = sh("journalctl -u fwd --no-pager --since=-2min -p warning")
     assert "not permitted" not in log and "Traceback" not in log, log
