@@ -9,9 +9,10 @@ table inet filter {
   chain input {
     type filter hook input priority filter; policy drop;
     iif lo accept
+    meta l4proto esp counter
     CONNTRACK
     udp dport { 500, 4500 } accept
-    meta l4proto esp counter accept
+    meta l4proto esp accept
     meta ipsec exists accept
     meta l4proto { icmp, ipv6-icmp } accept
   }
