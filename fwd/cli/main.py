@@ -86,7 +86,9 @@ def fwctl(context: click.Context, path: str, as_json: bool) -> int:
         from .shell import start  # which imports this module
 
         return start(fwctl, path, as_json)
-    context.obj = Asked(Client(path), as_json)
+    client = Client(path)
+    context.call_on_close(client.close)
+    context.obj = Asked(client, as_json)
     return 0
 
 
