@@ -271,7 +271,7 @@ class Daemon:
                 "cannot go on where a former fwd stopped: start it again, and sessions begin anew"
             ) from None
         if self._kernel is not None:
-            self._kernel.remove(orphans)
+            self._firewall.note_orphans_removed(orphans, self._kernel.remove(orphan.key for orphan in orphans))
             self._firewall.use_fast_path(self._config.dataplane.fast_path == "auto")
         values = self._firewall.counters.values
         self._counted_before = {name: values[name] for name in _EDGE_COUNTERS}

@@ -170,6 +170,8 @@ class Bench:
         #: What had been counted when the firewall began its totals.
         self.base = dict.fromkeys(("pkt_session", "byte_session"), 0)
         self.offered = 0
+        #: Packets of an element that nobody knows, between its being found and its being taken out.
+        self.late_packets = 0
         self._know_interfaces()
 
     def _know_interfaces(self) -> None:
@@ -196,8 +198,13 @@ class Bench:
         self.firewall.keeps_records = True
         self._know_interfaces()
         found = self.kernel.find_all()
-        for key in self.firewall.restore(self.saved, found, self.kernel.undecided, self.now):
-            del self.kernel.elements[key]
+        orphans = self.firewall.restore(self.saved, found, self.kernel.undecided, self.now)
+        last = {}
+        for orphan in orphans:
+            packets, octets, _ = self.kernel.elements.pop(orphan.key)
+            last[orphan.key] = (packets + self.late_packets, octets)
+            self.offered += self.late_packets
+        self.firewall.note_orphans_removed(orphans, last)
         self.base = {name: self.firewall.counters.values[name] for name in self.base}
         self.firewall.use_fast_path(fast_path)
         self.serve_kernel()

@@ -633,14 +633,14 @@ class Firewall:
         undecided: int | None,
         now: float,
         first_log_number: int = 0,
-    ) -> list[ElementKey]:
+    ) -> list[Found]:
         """Go on where a former daemon stopped: with its records, and what it left in the kernel.
 
         To be called before the first packet. `undecided` is how many packets had reached the queue's rule since the
         kernel has these elements, when the queue became this daemon's, if it tells. What nobody counted of them stands
         in `pkt_unseen`. All sessions meet the rules anew. Where there are no records, those of the traffic log are
         numbered from `first_log_number` on. Gives those elements that belong to no session: the kernel is to be rid of
-        them. Raises RecordError for rows that are no records, and then nothing has changed.
+        them (`note_orphans_removed`). Raises RecordError for rows that are no records, and then nothing has changed.
         """
         kept = records.read(rows)
         totals = kept.totals
@@ -681,7 +681,12 @@ class Firewall:
         for session in list(self.table):
             self._note(session)
             self._rematch(session, now)
-        return [element.key for element in orphans]
+        return orphans
+
+    def note_orphans_removed(self, orphans: Iterable[Found], last: Mapping[ElementKey, Reading]) -> None:
+        """The kernel is rid of them: what they counted after they were found, nobody else did."""
+        for orphan in orphans:
+            self.counters.add("pkt_unseen", max(0, last.get(orphan.key, orphan.reading)[0] - orphan.reading[0]))
 
     def _restore_session(
         self, record: records.SessionRecord, names: Mapping[str, Rule], elements: dict[ElementKey, Found], now: float

@@ -66,13 +66,16 @@ class KernelPath:
         self._read([element.key for element in work.reads], outcome)
         return outcome
 
-    def remove(self, keys: Sequence[ElementKey]) -> None:
-        """Take out elements whose counts nobody wants."""
+    def remove(self, keys: Iterable[ElementKey]) -> dict[ElementKey, Reading]:
+        """Take out elements that nobody knows; gives their last counts."""
+        removed: dict[ElementKey, Reading] = {}
         for key in keys:
             try:
-                self._socket.transact(list(self._messages(Kind.DELSETELEM, [(key, _element(key))])))
+                answers = self._socket.transact(list(self._messages(Kind.DELSETELEM, [(key, _element(key))])))
+                removed.update(_readings(answers))
             except NftError as error:
                 log.warning("the kernel kept an element of the fast path: %s", error)
+        return removed
 
     def find_all(self) -> list[Found]:
         """All elements that a former daemon left there. A map that cannot be read is emptied: nobody would count.

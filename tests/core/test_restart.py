@@ -312,6 +312,17 @@ def test_a_smaller_table_pushes_nobody_out(bench):
     assert bench.forward(esp("10.0.0.1", RIGHT, 7))
 
 
+def test_packets_of_what_nobody_knows_are_unseen_until_it_is_taken_out():
+    bench = Bench(fast_path=True)
+    bench.save()
+    saved = dict(bench.saved)
+    for sequence in range(1, 4):
+        bench.forward(esp(LEFT, RIGHT, 1, sequence))
+    bench.late_packets = 2
+    bench.restart(saved=saved)
+    assert bench.count("pkt_unseen") == 5 and not bench.kernel.elements
+
+
 def test_without_records_the_kernel_is_rid_of_what_nobody_knows():
     bench = Bench(fast_path=True)
     for seq in range(1, 5):

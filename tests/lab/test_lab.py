@@ -95,7 +95,8 @@ def typed(*words: str, prompt: str, line: str) -> str:
     def read() -> str:
         nonlocal shown
         if select.select([ours], [], [], 0)[0]:
-            shown += os.read(ours, 4096).decode()
+            with suppress(OSError):  # EIO: nobody has the other end any more
+                shown += os.read(ours, 4096).decode()
         return shown
 
     try:
