@@ -46,23 +46,22 @@ def test_it_is_enabled_and_runs_as_its_own_user(site):
     assert "queue-rules: nft queue" in sh("/usr/local/bin/fwctl show system info", check=True)
 
 
-def test_it_is_active_only_when_packets_are_handled(site):
-    site.up()
-    assert received(site.ping(1)) == 1
-    before = wait_for(site.session, "the tunnel has its session")
+def test_it_is_active_only_when_packets_are_handled(service):
+    service.up()
+    assert received(service.ping(1)) == 1
+    before = wait_for(service.session, "the tunnel has its session")
     sh("systemctl stop fwd", check=True)
     assert not has_rules() and not has_queue()
     sh("systemctl start --no-block fwd", check=True)
     wait_for(lambda: unit("fwd", "ActiveState") == "active", "the unit is active", 60)
     assert has_rules() and has_queue()  # asked once: what comes later is too late
-    assert received(site.ping(5)) == 5
-    after = wait_for(site.session, "the tunnel has its session again")
+    assert received(service.ping(5)) == 5
+    after = wait_for(service.session, "the tunnel has its session again")
     assert [after[flow]["packets"] - before[flow]["packets"] for flow in ("c2s", "s2c")] == [5, 5]
 
 
-def test_without_its_queue_it_does_not_become_active(site):
+def test_without_its_queue_it_does_not_become_active(service):
     """Another fwd has it: a start that succeeded would be a lie."""
-    sh("systemctl start fwd", check=True)
     other = "fwd-other"
     sh(f"systemd-run --unit {other} -p Type=notify -p Restart=no /usr/local/sbin/fwd --config /etc/fwd/fwd.toml")
     assert unit(other, "ActiveState") in ("failed", "inactive") or not succeeds(f"systemctl is-active {other}")
