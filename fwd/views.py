@@ -243,7 +243,7 @@ class Views:
             "nat_t_ports": session.udp_ports,
             "session": session.id,
             "state": session.state,
-            "ended": self._epoch_or_none(self._firewall.table.ended_at(session.id)),
+            "ended": self._epoch_or_none(session.ended_at),
             "end_reason": session.end_reason,
             "rekeys": session.rekeys,
             "generations": self.generations(session),

@@ -229,7 +229,7 @@ class Bench:
         self.save()
         sessions = {session.id: session for session in firewall.flow_export.waiting}
         sessions |= {session.id: session for session in (*firewall.table, *firewall.table.ended)}
-        sessions |= {session_id: session for session_id, (session, _) in firewall._to_log.items()}
+        sessions |= firewall._to_log
         kept = records.read(self.saved)
         assert kept.totals is not None and {record.id for record in kept.sessions} == sessions.keys()
         for record in kept.sessions:

@@ -201,8 +201,8 @@ class Firewall:
         self.traffic_log = TrafficLog()
         #: Whether sessions leave records in the traffic log.
         self.keeps_log = False
-        #: Sessions that ended and have not left theirs, by id, and when they ended.
-        self._to_log: dict[int, tuple[Session, float]] = {}
+        #: Sessions that ended and have not left theirs, by id.
+        self._to_log: dict[int, Session] = {}
         self._asked: list[Session] = []
 
     # --- what goes in --------------------------------------------------------------------------------
@@ -546,9 +546,8 @@ class Firewall:
         rows.update((records.log_key(number), None) for number in gone)
         for session_id in chosen:
             self._changed.pop(session_id, None)
-            session = self.table.find(session_id) or self.flow_export.find(session_id)
-            if session is None and session_id in self._to_log:
-                session = self._to_log[session_id][0]
+            # An ended one may be readable no more, and still have to be told to somebody.
+            session = self.table.find(session_id) or self.flow_export.find(session_id) or self._to_log.get(session_id)
             if session is not None:
                 self.fast_path.note_named(session)
             rows[records.session_key(session_id)] = (
@@ -587,12 +586,9 @@ class Firewall:
 
     def _record(self, session: Session, now: float) -> records.SessionRecord:
         left_s = session.expires_at - self.ager.age(now)
-        ended_at = self.table.ended_at(session.id) or self.flow_export.ended_at(session.id)
         is_to_be_logged = session.id in self._to_log
-        if ended_at is None and is_to_be_logged:
-            ended_at = self._to_log[session.id][1]
         leaving = self.fast_path.leaving(session)
-        known = (self.directory.known(sa) for sa in session.sas) if ended_at is None else ()
+        known = (self.directory.known(sa) for sa in session.sas) if session.ended_at is None else ()
         rekeyed = [found.sa for found in known if found is not None and found.is_rekeyed]
         is_half_open = self.limits.is_half_open(session)
         return records.session_record(
@@ -602,7 +598,6 @@ class Firewall:
             rekeyed,
             is_half_open,
             left_s,
-            ended_at,
             is_to_be_logged,
             now,
         )
@@ -696,7 +691,7 @@ class Firewall:
         rule = names.get(record.rule) or Rule(record.rule, Action.DENY if is_denied else Action.ALLOW)
         session = records.session_of(record, rule)
         try:
-            self.table.restore(session, records.keys_of(record, session), record.ended_at)
+            self.table.restore(session, records.keys_of(record, session))
         except KeyInUse:  # a record that is older than another one: the other one is right
             self._note(session)
             return
@@ -716,8 +711,8 @@ class Firewall:
                 self._count(lost, named.packets, named.octets, news=0)
                 self.counters.add("pkt_fast_path", named.packets)
                 self.counters.add("fast_path_lost")
-        if record.is_to_be_logged and record.ended_at is not None:
-            self._to_log[session.id] = (session, record.ended_at)
+        if record.is_to_be_logged and session.ended_at is not None:
+            self._to_log[session.id] = session
             self._log_end(session)
 
     def _restore_place(self, session: Session, record: records.SessionRecord, now: float) -> None:
@@ -998,7 +993,8 @@ class Firewall:
     def _log_end(self, session: Session) -> None:
         """The last counts of a session that ended are in."""
         self._note(session)
-        self._log(session, Subtype.END, self._to_log[session.id][1])
+        assert session.ended_at is not None
+        self._log(session, Subtype.END, session.ended_at)
 
     # --- sessions that a packet opens ---------------------------------------------------------------
 
@@ -1511,7 +1507,7 @@ class Firewall:
             self._note(forgotten)
         self._note(session)
         if self.keeps_log and session.rule.log_at_end:
-            self._to_log[session.id] = (session, now)
+            self._to_log[session.id] = session
         self.flow_export.end(session, now)
         self.limits.leave(session)
         self.gate.leave(session)

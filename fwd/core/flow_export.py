@@ -72,8 +72,8 @@ class FlowExport:
         self._active_timeout_s: int | None = None
         #: The number of the next data record (RFC 7011 section 3.1): over UDP, a successor goes on with it.
         self.sequence = 0
-        #: Sessions that have ended, the oldest end first, and when: as many as the table has places.
-        self._ended: dict[int, tuple[float, Session]] = {}
+        #: Sessions that have ended, the oldest end first: as many as the table has places.
+        self._ended: dict[int, Session] = {}
         self._returned: deque[FlowDelta] = deque()
         self._sent = (0, 0, 0)
         self._unsure = 0
@@ -91,7 +91,7 @@ class FlowExport:
         if seconds is None:
             self._returned.clear()
             self.is_changed = True
-            for _, session in self._ended.values():
+            for session in self._ended.values():
                 self._note(session)
             self._ended.clear()
 
@@ -113,25 +113,19 @@ class FlowExport:
     @property
     def waiting(self) -> Iterator[Session]:
         """Sessions that have ended and are to be told of yet."""
-        return (session for _, session in self._ended.values())
+        return iter(self._ended.values())
 
     def find(self, session_id: int) -> Session | None:
         """A session that has ended and is to be told of yet."""
-        ended = self._ended.get(session_id)
-        return ended[1] if ended else None
-
-    def ended_at(self, session_id: int) -> float | None:
-        """When it ended; None if there is no such session here."""
-        ended = self._ended.get(session_id)
-        return ended[0] if ended else None
+        return self._ended.get(session_id)
 
     def end(self, session: Session, now: float) -> None:
         """A session has ended: what is left of it is to be told. Of too many, the oldest is given up, and counted."""
         if self._active_timeout_s is None:
             return
-        self._ended[session.id] = (now, session)
+        self._ended[session.id] = session
         while len(self._ended) > self._table.capacity:
-            _, oldest = self._ended.pop(next(iter(self._ended)))
+            oldest = self._ended.pop(next(iter(self._ended)))
             self._note(oldest)
             self._count("not_sent", list(self._tell(oldest, now)))
 
@@ -190,14 +184,14 @@ class FlowExport:
             self.is_changed = True
         for session in self._table.ended:
             if any(flow.packet_count > flow.exported[0] for flow in (session.c2s, session.s2c)):
-                self.end(session, self._table.ended_at(session.id) or now)
+                self.end(session, now)
 
     # --- which, and what -----------------------------------------------------------------------------
 
     def _due(self, timeout_s: int, now: float) -> Iterator[Session]:
         """Those that have ended, then those that have gone on for long enough; of these, EXPORT_LOOKS are looked at."""
         for session_id in list(islice(self._ended, EXPORT_SLICE)):
-            session = self._ended[session_id][1]
+            session = self._ended[session_id]
             if not self._leaving(session):
                 del self._ended[session_id]
                 self._note(session)  # or the state file would keep it for ever

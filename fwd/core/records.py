@@ -290,7 +290,6 @@ def session_record(
     rekeyed: Collection[ChildSa],
     is_half_open: bool,
     left_s: float,
-    ended_at: float | None,
     is_to_be_logged: bool,
     now: float,
 ) -> SessionRecord:
@@ -323,10 +322,10 @@ def session_record(
         session.is_client_here,
         session.rekeys,
         session.udp_ports,
-        session.gate is not None and ended_at is None,
+        session.gate is not None and session.ended_at is None,
         session.is_limited,
         is_half_open,
-        ended_at,
+        session.ended_at,
         is_to_be_logged,
         tuple((key, flow is c2s) for key, flow in keys.items() if isinstance(key, FlowKey)),
         tuple((key, flow is c2s) for key, flow in keys.items() if not isinstance(key, FlowKey)),
@@ -379,6 +378,7 @@ def session_of(record: SessionRecord, rule: Rule) -> Session:
         rekeys=record.rekeys,
         udp_ports=record.udp_ports,
         exported_at=record.exported_at,
+        ended_at=record.ended_at,
     )
     session.generations = tuple(
         Generation(

@@ -359,7 +359,8 @@ class Session:
     those that are gone included, the newest last, and `is_client_here` says whether this host initiated it.
     `udp_ports` are those of ESP in UDP, client first. `gate` is the IKE gate that it may have to pass.
     `is_limited`: it counts towards the limits (limits.py). `tally` is where it is counted while it is in the table: so
-    state and type change by `move` and `begin_flow` alone. `exported_at` is when flow records told of it last.
+    state and type change by `move` and `begin_flow` alone. `exported_at` is when flow records told of it last,
+    `ended_at` when it ended; None while it lives.
     """
 
     id: int
@@ -390,6 +391,7 @@ class Session:
     is_limited: bool = False
     tally: Tally | None = field(default=None, repr=False)
     exported_at: float = 0.0
+    ended_at: float | None = None
 
     def __post_init__(self) -> None:
         self.c2s.session = self.s2c.session = self

@@ -37,7 +37,7 @@ class SessionTable:
         self.capacity = capacity
         self.keep_ended = keep_ended
         self._live: dict[int, Session] = {}
-        self._ended: dict[int, tuple[float, Session]] = {}
+        self._ended: dict[int, Session] = {}
         self._flows: dict[Key, Flow] = {}
         #: The ids of the live sessions in ascending order, among others that were.
         self._order: list[int] = []
@@ -69,17 +69,12 @@ class SessionTable:
     @property
     def ended(self) -> Iterator[Session]:
         """Sessions that ended and are still readable, the oldest end first."""
-        return (session for _, session in self._ended.values())
+        return iter(self._ended.values())
 
     @property
     def ended_count(self) -> int:
         """How many these are."""
         return len(self._ended)
-
-    def ended_at(self, session_id: int) -> float | None:
-        """When a session that is still readable ended, in monotonic seconds; None if it has not."""
-        ended = self._ended.get(session_id)
-        return ended[0] if ended else None
 
     def allocate_id(self) -> int:
         """The next session id: from 1 upwards, never one that is still readable."""
@@ -90,11 +85,7 @@ class SessionTable:
 
     def find(self, session_id: int) -> Session | None:
         """The session of that id, live or ended."""
-        live = self._live.get(session_id)
-        if live is not None:
-            return live
-        ended = self._ended.get(session_id)
-        return ended[1] if ended else None
+        return self._live.get(session_id) or self._ended.get(session_id)
 
     def live(self, session_id: int) -> Session | None:
         """The session of that id if it has not ended."""
@@ -113,14 +104,14 @@ class SessionTable:
         elif self._order[position := bisect_left(self._order, session.id)] != session.id:
             self._order.insert(position, session.id)
 
-    def restore(self, session: Session, entries: Mapping[Key, Flow], ended_at: float | None) -> None:
+    def restore(self, session: Session, entries: Mapping[Key, Flow]) -> None:
         """Take a session in as it was in another table, even if there are too many now.
 
         Sessions come in the order of their ids, the ended ones in that of their ends. Raises KeyInUse, and then nothing
         has changed.
         """
-        if ended_at is not None:
-            self._ended[session.id] = (ended_at, session)
+        if session.ended_at is not None:
+            self._ended[session.id] = session
             return
         self.index(session, entries)
         self._enter(session)
@@ -157,10 +148,11 @@ class SessionTable:
         session.move(Trigger.END)
         session.move(Trigger.RELEASE)
         session.move(Trigger.RECYCLE)
-        self._ended[session.id] = (now, session)
+        session.ended_at = now
+        self._ended[session.id] = session
         forgotten = []
         while len(self._ended) > self.keep_ended:
-            forgotten.append(self._ended.pop(next(iter(self._ended)))[1])
+            forgotten.append(self._ended.pop(next(iter(self._ended))))
         return forgotten
 
     def remove(self, session: Session) -> None:
@@ -176,9 +168,10 @@ class SessionTable:
         """Drop the ended sessions that ended before that time, and give them."""
         forgotten = []
         while self._ended:
-            session_id, (ended_at, session) = next(iter(self._ended.items()))
-            if ended_at >= before:
+            session = next(iter(self._ended.values()))
+            assert session.ended_at is not None
+            if session.ended_at >= before:
                 break
-            del self._ended[session_id]
+            del self._ended[session.id]
             forgotten.append(session)
         return forgotten
