@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Protocol
 
 from ..log_entry import Entry, journal_fields, syslog_message
-from .traffic_log import LogError, TrafficLog, open_log, transaction
+from .database import transaction
+from .traffic_log import LogError, TrafficLog, open_log
 
 log = logging.getLogger(__name__)
 

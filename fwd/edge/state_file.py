@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from .database import move, transaction
 from .folders import strangers_on_the_way
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,6 @@ PRAGMA application_id = {application};
 PRAGMA user_version = {layout};
 COMMIT;
 """
-_COMPANIONS = ("", "-wal", "-shm", "-journal")
 
 
 class StateError(Exception):
@@ -80,15 +80,12 @@ class StateFile:
         kept = [(key, body, _checksum(key, body)) for key, body in rows.items() if body is not None]
         gone = [(key,) for key, body in rows.items() if body is None]
         try:
-            self._database.execute("BEGIN IMMEDIATE")
-            if kept:
-                self._database.executemany("INSERT OR REPLACE INTO record VALUES (?, ?, ?)", kept)
-            if gone:
-                self._database.executemany("DELETE FROM record WHERE key = ?", gone)
-            self._database.execute("COMMIT")
+            with transaction(self._database):
+                if kept:
+                    self._database.executemany("INSERT OR REPLACE INTO record VALUES (?, ?, ?)", kept)
+                if gone:
+                    self._database.executemany("DELETE FROM record WHERE key = ?", gone)
         except sqlite3.Error as error:
-            with contextlib.suppress(sqlite3.Error):
-                self._database.execute("ROLLBACK")
             raise StateError(f"{self._path}: {error}") from None
 
     def set_aside(self, reason: str) -> None:
@@ -97,12 +94,7 @@ class StateFile:
         aside = self._path.with_name(self._path.name + ".set-aside")
         log.error("%s is not used, sessions begin anew: %s; it is kept as %s", self._path, reason, aside)
         try:
-            for companion in _COMPANIONS:
-                there, away = (path.with_name(path.name + companion) for path in (self._path, aside))
-                if os.path.lexists(there):
-                    os.replace(there, away)
-                else:
-                    away.unlink(missing_ok=True)
+            move(self._path, aside)
             self._begin()
         except (OSError, sqlite3.Error) as error:
             raise StateError(f"{self._path}: {error}: remove it, or choose another [state] file") from None

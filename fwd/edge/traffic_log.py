@@ -14,7 +14,7 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 from ..core.traffic_log import LogRecord
 from ..log_entry import COLUMNS, Entry, row_of
 from ..log_filter import LogQuestion
+from .database import move, transaction
 from .folders import strangers_on_the_way
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,6 @@ _CREATE = (
     f"PRAGMA user_version = {_LAYOUT}",
 )
 _INSERT = f"INSERT OR IGNORE INTO traffic VALUES ({', '.join('?' for _ in COLUMNS)})"
-_COMPANIONS = ("", "-wal", "-shm", "-journal")
 
 #: After a failure the next try comes so much later, and the log is looked at for what is too old so often, in seconds.
 RETRY_S = 2.0
@@ -295,9 +295,7 @@ def open_log(path: Path) -> sqlite3.Connection:
             raise
         aside = path.with_name(f"{path.name}.set-aside-{time.strftime('%Y%m%d-%H%M%S')}")
         log.error("%s is damaged (%s): it is kept as %s, and the log begins anew", path, error, aside)
-        for companion in _COMPANIONS:
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(f"{path}{companion}", f"{aside}{companion}")
+        move(path, aside)
         return _open(path)
 
 
@@ -327,16 +325,3 @@ def _open(path: Path) -> sqlite3.Connection:
 def _has_tables(database: sqlite3.Connection) -> bool:
     ((count,),) = database.execute("SELECT count(*) FROM sqlite_master").fetchall()
     return bool(count)
-
-
-@contextlib.contextmanager
-def transaction(database: sqlite3.Connection) -> Iterator[None]:
-    """All that is done meanwhile, or nothing of it. Raises sqlite3.Error."""
-    database.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        database.execute("COMMIT")
-    except BaseException:
-        with contextlib.suppress(sqlite3.Error):
-            database.execute("ROLLBACK")
-        raise
