@@ -44,6 +44,7 @@ from .core.session import Session
 from .edge import ipfix, systemd
 from .edge.clients import Access, ListenError
 from .edge.control import ControlServer
+from .edge.endpoint import Endpoint
 from .edge.interfaces import InterfaceError, InterfaceWatcher
 from .edge.kernel_path import KernelPath
 from .edge.metrics import MetricsServer
@@ -134,6 +135,7 @@ class Daemon:
         self._interfaces = InterfaceWatcher(self._interface_event)
         self._sa_events: deque[SaEvent] = deque()
         self._is_sa_turn_due = False
+        self._take_sa_events_soon = self._in_loop(self._take_sa_events)
         self._vici = ViciListener(config.vici.socket, self._sa_event_from_thread)
         self._api = Api(
             self._firewall,
@@ -355,8 +357,7 @@ class Daemon:
         self._sa_events.append(event)
         if not self._is_sa_turn_due:
             self._is_sa_turn_due = True
-            with contextlib.suppress(RuntimeError):  # the loop is closed already
-                self._loop.call_soon_threadsafe(self._take_sa_events)
+            self._take_sa_events_soon()
 
     def _take_sa_events(self) -> None:
         """Let the core learn the next events, one after the other and not too many: packets wait."""
@@ -620,7 +621,7 @@ def _export_options(config: Config) -> ipfix.Options | None:
     endpoint = config.ipfix.endpoint
     if endpoint is None:
         return None
-    return ipfix.Options(ipfix.Collector(*endpoint), config.ipfix.template_refresh, config.ipfix.observation_domain)
+    return ipfix.Options(Endpoint(*endpoint), config.ipfix.template_refresh, config.ipfix.observation_domain)
 
 
 def _duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from .api import no_log
 from .config import Config
 from .core.firewall import Firewall
+from .edge.endpoint import Endpoint
 from .edge.log_export import Journal, LogExport, Receiver, SyslogServer
 from .edge.traffic_log import LogError, LogReader, TrafficLog
 from .log_entry import Entry
@@ -76,7 +77,7 @@ class LogKeeper:
         syslog = self._config.syslog
         if syslog.endpoint is not None:
             receivers["syslog"] = SyslogServer(
-                syslog.endpoint,
+                Endpoint(*syslog.endpoint),
                 socket.gethostname(),
                 syslog.facility,
                 is_ietf=syslog.format == "ietf",

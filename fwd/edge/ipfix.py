@@ -11,23 +11,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import socket
-import struct
-import termios
 import time
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from ipaddress import ip_address
 from math import inf
 
 from ..core.firewall import Firewall
 from ..core.records import FlowDelta
 from ..core.session import Session
 from ..ipfix import Encoder, Message, Statistics
+from .endpoint import Endpoint, unacknowledged_bytes
 
 log = logging.getLogger(__name__)
 
@@ -71,31 +68,10 @@ _HEADER_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Collector:
-    """Where flow records go: `udp` or `tcp`, an address, a port."""
-
-    transport: str
-    address: str
-    port: int
-
-    def __str__(self) -> str:
-        address = f"[{self.address}]" if ":" in self.address else self.address
-        return f"{self.transport}:{address}:{self.port}"
-
-    def socket(self) -> socket.socket:
-        """A new socket of that kind. Raises OSError."""
-        family = socket.AF_INET6 if ip_address(self.address).version == 6 else socket.AF_INET
-        kind = socket.SOCK_STREAM if self.transport == "tcp" else socket.SOCK_DGRAM
-        made = socket.socket(family, kind)
-        made.setblocking(False)
-        return made
-
-
-@dataclass(frozen=True, slots=True)
 class Options:
     """What the configuration says. Seconds, and the number of the observation domain (RFC 7011 section 3.1)."""
 
-    collector: Collector
+    collector: Endpoint
     template_refresh_s: int
     domain: int
 
@@ -232,8 +208,7 @@ class _Stream(_Way):
                 self._rest = self._rest[self._socket.send(self._rest) :]
 
     def _acknowledged(self) -> int:
-        unsent = fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4))  # tcp(7): SIOCOUTQ
-        return self._sent - len(self._rest) - int(struct.unpack("i", unsent)[0])
+        return self._sent - len(self._rest) - unacknowledged_bytes(self._socket)
 
 
 class Exporter:
@@ -381,9 +356,10 @@ class Exporter:
         self._save(())
 
 
-async def _open(collector: Collector) -> _Way:
+async def _open(collector: Endpoint) -> _Way:
     """Raises OSError."""
     made = collector.socket()
+    made.setblocking(False)
     try:
         if collector.transport == "udp":
             made.connect((collector.address, collector.port))

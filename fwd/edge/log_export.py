@@ -6,17 +6,14 @@ What was under way when fwd was killed, or a connection broke, is sent again: a 
 
 from __future__ import annotations
 
-import array
 import contextlib
 import errno
-import fcntl
 import logging
 import select
 import socket
 import sqlite3
 import ssl
 import struct
-import termios
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +22,7 @@ from typing import Protocol
 
 from ..log_entry import Entry, journal_fields, syslog_message
 from .database import transaction
+from .endpoint import Endpoint, unacknowledged_bytes
 from .traffic_log import LogError, TrafficLog, open_log
 
 log = logging.getLogger(__name__)
@@ -138,7 +136,7 @@ class SyslogServer:
 
     def __init__(
         self,
-        endpoint: tuple[str, str, int],
+        endpoint: Endpoint,
         hostname: str,
         facility: str,
         *,
@@ -146,19 +144,19 @@ class SyslogServer:
         tls: Callable[[], ssl.SSLContext],
         tls_name: str,
     ) -> None:
-        self._transport, self._address, self._port = endpoint
+        self._endpoint = endpoint
         self._hostname = hostname
         self._facility = facility
         self._is_ietf = is_ietf
         self._tls = tls
-        self._tls_name = tls_name or self._address
+        self._tls_name = tls_name or endpoint.address
         self._socket: socket.socket | None = None
 
     def send(self, entries: Sequence[Entry]) -> None:
         """Send these. Over TCP it returns when the server's kernel has acknowledged them. Raises OSError."""
         messages = [syslog_message(entry, self._hostname, self._facility, self._is_ietf) for entry in entries]
         connection = self._socket = self._socket or self._connect()
-        if self._transport == "udp":
+        if self._endpoint.transport == "udp":
             for message in messages:
                 connection.send(message)
             return
@@ -174,13 +172,11 @@ class SyslogServer:
             self._socket = None
 
     def _connect(self) -> socket.socket:
-        family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
-        kind = socket.SOCK_DGRAM if self._transport == "udp" else socket.SOCK_STREAM
-        connection = socket.socket(family, kind)
+        connection = self._endpoint.socket()
         try:
             connection.settimeout(TIMEOUT_S)
-            connection.connect((self._address, self._port))
-            if self._transport == "tls":
+            connection.connect((self._endpoint.address, self._endpoint.port))
+            if self._endpoint.transport == "tls":
                 connection = self._tls().wrap_socket(connection, server_hostname=self._tls_name)
         except BaseException:
             connection.close()
@@ -197,15 +193,14 @@ def _refuse_if_gone(connection: socket.socket) -> None:
 
 
 def _wait_until_acknowledged(connection: socket.socket) -> None:
-    """Until the peer's kernel has all that was sent (SIOCOUTQ, tcp(7)). Raises OSError if that cannot be said."""
+    """Until the peer's kernel has all that was sent. Raises OSError if that cannot be said."""
     deadline = time.monotonic() + TIMEOUT_S
-    waiting = array.array("i", [1])
-    while waiting[0]:
+    while unacknowledged_bytes(connection):
+        _refuse_if_gone(connection)
         if time.monotonic() > deadline:
             raise TimeoutError(errno.ETIMEDOUT, f"the server acknowledged nothing for {TIMEOUT_S:g} s")
         time.sleep(0.001)
-        fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, waiting)
-        _refuse_if_gone(connection)  # after that look, for the queue of a connection that is reset is empty, too
+    _refuse_if_gone(connection)  # after that look, for it may have been reset
 
 
 class Journal:

@@ -12,7 +12,8 @@ import ipfix.reader
 import pytest
 
 from fwd.edge import ipfix as edge
-from fwd.edge.ipfix import Collector, Exporter, Options
+from fwd.edge.endpoint import Endpoint
+from fwd.edge.ipfix import Exporter, Options
 from tests.builders import LEFT, RIGHT, Bench, esp
 
 ipfix.ie.use_iana_default()
@@ -38,7 +39,7 @@ class Seat:
         with socket.socket(self.family, kind) as free:
             free.bind((address, 0))
             port = free.getsockname()[1]
-        self.options = Options(Collector(transport, address, port), 300, 1)
+        self.options = Options(Endpoint(transport, address, port), 300, 1)
         self.octets = b""
         self.spi = 0
 

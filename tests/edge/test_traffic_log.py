@@ -19,6 +19,7 @@ import trustme
 from fwd.core.policy import Action
 from fwd.core.state import EndReason
 from fwd.core.traffic_log import LogRecord, Subtype
+from fwd.edge.endpoint import Endpoint
 from fwd.edge.log_export import Journal, LogExport, SyslogServer
 from fwd.edge.traffic_log import LogError, LogReader, TrafficLog
 from fwd.log_entry import entry_of
@@ -323,7 +324,9 @@ def _cursor(path: Path, name: str) -> int | None:
 
 
 def syslog(transport: str, port: int, *, is_ietf: bool = False, tls=ssl.create_default_context, tls_name: str = ""):
-    return SyslogServer((transport, "127.0.0.1", port), "fw1", "local3", is_ietf=is_ietf, tls=tls, tls_name=tls_name)
+    return SyslogServer(
+        Endpoint(transport, "127.0.0.1", port), "fw1", "local3", is_ietf=is_ietf, tls=tls, tls_name=tls_name
+    )
 
 
 def test_udp_in_the_old_form(tmp_path):
