@@ -13,7 +13,6 @@ import re
 import shutil
 import socket
 import struct
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from ..cli.client import Client, NoDaemon
 from ..config import DEFAULT_PATH, Config, ConfigError, load
 from ..edge.clients import Access
 from ..edge.folders import strangers_on_the_way
+from ..edge.programs import ProgramFailed, run
 from ..edge.queue_stats import kernel_queue_stats, queue_reader
 from ..edge.ruleset import TABLE, present
 from ..edge.vici import charon_version
@@ -59,7 +59,6 @@ UNIT = "fwd.service"
 USER, GROUP, VICI_GROUP = "fwd", "fwd", "fwd-vici"
 AS_ROOT = "sudo fwctl doctor"
 
-_TIMEOUT_S = 10.0
 _ASK_S = 5.0
 
 #: What fwd's rules and queue, and the kernel's ESP offload, are made of: modules, and the options that build them in.
@@ -164,15 +163,9 @@ def _as_net_admin(me: Me, look_at: Callable[[], _T]) -> Callable[[], _T]:
 def _run(*command: str) -> str:
     """What a program prints. Raises CannotLook."""
     try:
-        done = subprocess.run(command, input="", capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-    except FileNotFoundError:
-        raise CannotLook(f"{command[0]} is not installed") from None
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise CannotLook(f"{command[0]}: {error}") from None
-    if done.returncode:
-        words = next((line for line in done.stderr.splitlines() if line.strip()), f"exit status {done.returncode}")
-        raise CannotLook(f"{command[0]}: {words.strip()}")
-    return done.stdout
+        return run(command)
+    except ProgramFailed as failure:
+        raise CannotLook(str(failure)) from None
 
 
 # --- who -------------------------------------------------------------------------------------------------

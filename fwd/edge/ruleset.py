@@ -24,7 +24,6 @@ import contextlib
 import errno
 import re
 import struct
-import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -33,6 +32,7 @@ from typing import TypeAlias
 
 from . import nftables as nft
 from .nftables import KeyField, Kind, Message, NftError, NftSocket
+from .programs import ProgramFailed, run
 from .queue_stats import kernel_queue_stats
 
 TABLE = "fwd_dataplane"  # `fwd` alone is a keyword of nft
@@ -56,8 +56,6 @@ _DECIDED_MARK = 0x4000_0000
 _ESP, _UDP = b"\x32", b"\x11"
 _IKE_PORT, _NAT_T_PORT = struct.pack("!H", 500), struct.pack("!H", 4500)
 _SPORT, _DPORT = 0, 2
-
-_TIMEOUT_S = 10
 
 #: Whose the rules are, in nft's comment and in iptables' words.
 _QUEUE = re.compile(r"queue (\d+)|--queue-num (\d+)")
@@ -133,10 +131,6 @@ class RulesetError(Exception):
     """The rules cannot be installed; the message says what to do."""
 
 
-class _ProgramFailed(Exception):
-    """A program is missing or said no; the message is its own."""
-
-
 class Ruleset:
     """The rules of one queue. `fail_open` lets packets pass while nobody reads it; `capacity` is each map's size.
 
@@ -177,7 +171,7 @@ class Ruleset:
         for backend in self._choice:
             try:
                 note = self._install(backend)
-            except (_ProgramFailed, NftError, OSError) as error:
+            except (ProgramFailed, NftError, OSError) as error:
                 refusals.append(f"{backend}: {error}")
                 continue
             self.backend = backend
@@ -216,7 +210,7 @@ class Ruleset:
             return all(_ours(_listed(program)) == ours for program, ours in installed.items()) or (
                 self._chains is not installed  # installed anew meanwhile
             )
-        except _ProgramFailed as error:
+        except ProgramFailed as error:
             raise RulesetError(str(error)) from None
 
     def undecided(self) -> int | None:
@@ -331,16 +325,16 @@ class Ruleset:
             try:
                 program = self._install_one_iptables(programs, but_marked)
                 chains[program] = _ours(_listed(program))
-            except _ProgramFailed as error:
+            except ProgramFailed as error:
                 failed.append(f"{family}: {error}")
         if len(failed) == len(_PROGRAMS):
-            raise _ProgramFailed("; ".join(failed))
+            raise ProgramFailed("; ".join(failed))
         self._chains = chains
         return f" (left out: {'; '.join(failed)})" if failed else ""
 
     def _install_one_iptables(self, programs: Sequence[str], but_marked: bool) -> str:
         """Install one family's rules with the first program that can, and say which."""
-        refusal = _ProgramFailed("none of its programs was tried")
+        refusal = ProgramFailed("none of its programs was tried")
         target = f"NFQUEUE --queue-num {self.queue}{' --queue-bypass' if self.fail_open else ''}"
         if but_marked:
             target = f"{target} -m mark ! --mark {_DECIDED_MARK:#x}/{_DECIDED_MARK:#x}"
@@ -354,9 +348,9 @@ class Ruleset:
                     rules.append(f"-I {hook.upper()} 1 -j {_chain(hook)}")
                     rules.append(f"-A {_chain(hook)} {'-o' if hook == 'output' else '-i'} lo -j RETURN")
                     rules += [f"-A {_chain(hook)} {match} -j {target}" for match in _MATCHES]
-                _run([f"{program}-restore", "-w", "--noflush"], "\n".join([*rules, "COMMIT", ""]))
+                run([f"{program}-restore", "-w", "--noflush"], "\n".join([*rules, "COMMIT", ""]))
                 return program
-            except _ProgramFailed as error:
+            except ProgramFailed as error:
                 refusal = error
         raise refusal
 
@@ -437,7 +431,7 @@ def _queues_named() -> set[int]:
             words += [nft.comment_in(rule.get(_RULE_USERDATA, b"")) or "" for rule in _rules(socket, family)]
     for _, programs in _PROGRAMS:
         for program in programs:
-            with contextlib.suppress(_ProgramFailed):
+            with contextlib.suppress(ProgramFailed):
                 words += _ours(_listed(program))
     return _queues_in(words)
 
@@ -506,8 +500,8 @@ def _chain(hook: str) -> str:
 
 
 def _listed(program: str) -> list[str]:
-    """The mangle table, a rule a line. Raises _ProgramFailed."""
-    return _run([program, "-w", "-t", "mangle", "-S"]).splitlines()
+    """The mangle table, a rule a line. Raises ProgramFailed."""
+    return run([program, "-w", "-t", "mangle", "-S"]).splitlines()
 
 
 def _ours(lines: Sequence[str]) -> list[str]:
@@ -527,20 +521,6 @@ def _remove_iptables() -> None:
                         jumps = present.count(f"-A {hook.upper()} -j {chain}")
                         rules += [f"-D {hook.upper()} -j {chain}"] * jumps + [f"-F {chain}", f"-X {chain}"]
                 if rules:
-                    _run([f"{program}-restore", "-w", "--noflush"], "\n".join(["*mangle", *rules, "COMMIT", ""]))
-            except _ProgramFailed:
+                    run([f"{program}-restore", "-w", "--noflush"], "\n".join(["*mangle", *rules, "COMMIT", ""]))
+            except ProgramFailed:
                 pass  # not this program's rules
-
-
-def _run(command: Sequence[str], stdin: str = "") -> str:
-    """Run a program of netfilter's; gives what it prints. Raises _ProgramFailed with its own words."""
-    try:
-        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-    except FileNotFoundError:
-        raise _ProgramFailed(f"{command[0]} is not installed") from None
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise _ProgramFailed(f"{command[0]}: {error}") from None
-    if done.returncode:
-        words = next((line for line in done.stderr.splitlines() if line.strip()), f"exit status {done.returncode}")
-        raise _ProgramFailed(f"{command[0]}: {words.strip()}")
-    return done.stdout
