@@ -40,16 +40,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e9, help="packets a second")
     parser.add_argument("--size", type=int, default=64, help="bytes of ESP a packet, header included")
     parser.add_argument("--first-spi", type=int, default=FIRST_SPI)
-    given = parser.parse_args()
-    send(
-        given.source,
-        given.destination,
-        count=given.count,
-        spis=given.spis,
-        rate=given.rate,
-        size=given.size,
-        first_spi=given.first_spi,
-    )
+    send(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

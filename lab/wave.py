@@ -38,15 +38,7 @@ def main() -> None:
     parser.add_argument("--period", type=float, default=20, help="seconds from one peak to the next")
     parser.add_argument("--size", type=int, default=1000, help="bytes of UDP payload")
     parser.add_argument("--seconds", type=float, default=60, help="when it ends")
-    given = parser.parse_args()
-    send(
-        given.source,
-        given.destination,
-        peak=given.peak,
-        period=given.period,
-        size=given.size,
-        seconds=given.seconds,
-    )
+    send(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":
