@@ -35,6 +35,9 @@ _SELDOM_S = 10.0
 #: After a ranking it is left for so many times as long as it took.
 _RANK_PAUSE: Final = 20
 
+#: What became of sessions that are in the table no more.
+_GONE: Final = ("session_ended", "session_absorbed", "session_not_restored")
+
 #: Behind the last SA in a list of them: only what the list is like is wanted.
 _BEHIND_ALL: Final = 2**62
 
@@ -555,7 +558,7 @@ class Pictures:
             drop_rate=float(sum(counter["rate"] for counter in drops)),
             drops=sum(counter["value"] for counter in drops),
             # What there is, from counters: to count the table costs more.
-            session_count=value("session_allocated") - value("session_ended") - value("session_absorbed"),
+            session_count=value("session_allocated") - sum(map(value, _GONE)),
             capacity=int(info["sessions_supported"]),
             new_rate=rate("session_allocated"),
             vici_connected=bool(source["connected"]),

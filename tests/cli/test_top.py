@@ -134,6 +134,12 @@ def test_tunnels_have_rates_by_direction_and_a_history(daemon):
     assert frame.overview.packet_rate == pytest.approx(40, rel=0.3)
 
 
+def test_sessions_that_a_killed_fwd_had_not_saved_are_not_there(daemon):
+    for name in ("session_allocated", "session_not_restored"):
+        daemon.bench.firewall.counters.add(name)
+    assert seen(daemon).overview.session_count == len(daemon.bench.firewall.table)
+
+
 def test_troubles_are_words_and_the_worst_comes_first(daemon):
     for _ in range(40):
         daemon.flow(1)
