@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from . import ping
 from .capture import Capture
 from .sandbox import PATIENCE, LabError, Process, Sandbox, enter, outside_path
 from .strongswan import Charon, strongswan_root
@@ -201,20 +201,15 @@ class Lab:
     def ping(self, name: str, count: int = 3, interval_s: float = 0.02, size: int = 56) -> int:
         """Ping through a tunnel, from the initiator's inner address to the other; gives how many answers came."""
         tunnel = self.tunnel(name)
-        done = self.hosts[tunnel.initiator].run(
-            self._ping(tunnel, count, interval_s, size), timeout=count * interval_s + 30, check=False
-        )
-        received = re.search(r"(\d+) received", done.stdout)
-        if received is None:
-            raise LabError(f"ping through {name}: {done.stderr.strip() or done.stdout.strip()}")
-        return int(received[1])
+        command = ping.command(*tunnel.inner, count, interval_s, size)
+        done = self.hosts[tunnel.initiator].run(command, timeout=count * interval_s + 30, check=False)
+        return ping.tally(done.stderr).received
 
     def start_ping(self, name: str, count: int, interval_s: float = 0.02, size: int = 56) -> Process:
-        """The same in the background; it ends by itself after `count`."""
+        """The same in the background; it ends by itself after `count`, and `lab.ping.outcome` tells of it."""
         tunnel = self.tunnel(name)
-        return self.hosts[tunnel.initiator].start(
-            self._ping(tunnel, count, interval_s, size), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        command = ping.command(*tunnel.inner, count, interval_s, size)
+        return self.hosts[tunnel.initiator].start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def start_source(self, host: str, source: str, destination: str, **options: float) -> Process:
         """Send raw ESP from a host, as the options of esp_source.py say; it ends by itself."""
@@ -224,24 +219,6 @@ class Lab:
     def start_fwd(self, config: str | None = None, host: str = "fwd", environment: dict[str, str] | None = None) -> Fwd:
         """Start fwd, with the lab's own configuration unless another is given. Raises LabError with its log."""
         return Fwd(self.hosts[host], default_config() if config is None else config, environment)
-
-    def _ping(self, tunnel: Tunnel, count: int, interval_s: float, size: int) -> list[str]:
-        source, destination = tunnel.inner
-        return [
-            "ping",
-            "-n",
-            "-I",
-            source,
-            "-c",
-            f"{count}",
-            "-i",
-            f"{interval_s}",
-            "-s",
-            f"{size}",
-            "-W",
-            "2",
-            destination,
-        ]
 
     def _build(self, root: Path) -> None:
         first_pid = self.sandbox.first_pid

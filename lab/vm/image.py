@@ -27,7 +27,7 @@ _PACKAGES = (
     *("linux-image-cloud-amd64", "initramfs-tools", "systemd-sysv", "dbus", "udev", "kmod", "less", "procps", "strace"),
     # what fwd's users have
     *("charon-systemd", "strongswan-swanctl", "libcharon-extra-plugins", "libstrongswan-extra-plugins"),
-    *("nftables", "iptables", "firewalld", "iproute2", "iputils-ping"),
+    *("nftables", "iptables", "firewalld", "iproute2", "iputils-ping", "fping"),
     # what `make install` and the tests want
     *("make", "python3-venv", "python3-dev", "gcc", "libc6-dev", "libnetfilter-queue-dev"),
     *("tcpdump", "ethtool", "conntrack"),

@@ -12,6 +12,7 @@ import pytest
 
 from fwd.cli.client import Client
 from lab.lab import default_config, wait_for
+from lab.ping import outcome
 from tests.builders import esp, esp_in_udp, ip, ipv4, ipv6, udp
 from tests.namespaces.conftest import accounted, witnessed
 from tests.torture.conftest import in_full
@@ -381,10 +382,9 @@ def test_tunnels_flow_on_under_all_of_it_at_once(demo):
         put_on_the_wire(demo, "peer", "to-peer", whole)
     lost = {}
     for tunnel, ping in zip(demo.topology.tunnels, pings, strict=True):
-        ping.wait(60)
-        said = ping.popen.stdout.read()
-        if f" {in_full(600, 150)} received" not in said:
-            lost[tunnel.name] = said[-200:]
+        told = outcome(ping)
+        if told.received != in_full(600, 150):
+            lost[tunnel.name] = told
     assert not lost
     came, counters = assert_books_balance(demo, fwd)
     print(f"{came} packets by the kernel's count, {counters['pkt_recv']} by fwd's")

@@ -6,7 +6,6 @@ What was there before has to go on, what is refused has to be counted, and fwd h
 from __future__ import annotations
 
 import os
-import re
 import signal
 import statistics
 import time
@@ -22,6 +21,7 @@ from bench.rig import cpu_seconds
 from fwd.cli.client import Client
 from lab import Lab
 from lab.lab import PROGRAMS, default_config, wait_for
+from lab.ping import outcome
 from tests.namespaces.conftest import accounted, witnessed
 from tests.torture.conftest import in_full
 from tests.torture.flood import Flood, counters, pin, timed
@@ -252,8 +252,7 @@ def test_ten_times_the_rate_that_it_can_bear(demo, ask):
     after = counters(client)
     told = {name: after[name] - before[name] for name in after}
     assert source.wait(90) == 0
-    output, _ = ping.popen.communicate(timeout=60)
-    pinged, received = (int(number) for number in re.findall(r"(\d+) (?:packets transmitted|received)", output))
+    pinged, received = outcome(ping)
     stream.end()
     sent, arrived = sent - sent_at_start, arrived - arrived_at_start
     answers.sort()
