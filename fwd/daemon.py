@@ -180,7 +180,9 @@ class Daemon:
             stack.callback(watcher.cancel)
             await self._wait_for_interfaces()
             if self._stop.is_set():
-                return 0
+                if not self._is_handing_over:
+                    Ruleset.remove()  # a killed fwd's: after exit status 0 no rules are there
+                return self._exit_status
             stack.callback(self._leave)
             self._log.start()
             log.info("rules installed: %s", self._ruleset.install())
@@ -209,6 +211,10 @@ class Daemon:
             await self._stop.wait()
             systemd.notify("STOPPING=1")
             log.info("handing over" if self._is_handing_over else "stopping")
+        return self._exit_status
+
+    @property
+    def _exit_status(self) -> int:
         return HANDED_OVER if self._is_handing_over else 0
 
     def _begin_metrics(self) -> None:

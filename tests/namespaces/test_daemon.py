@@ -94,6 +94,18 @@ def test_rules_of_a_killed_daemon_are_replaced_not_doubled(transit):
     assert not host.path("/run/fwd/control.sock").exists()
 
 
+@pytest.mark.parametrize(("number", "status", "has_them"), [(signal.SIGTERM, 0, False), (signal.SIGUSR1, 10, True)])
+def test_a_signal_during_the_start_finds_a_killed_daemons_rules(transit, number, status, has_them):
+    """So that its exit status tells whether rules are there, however early it was stopped."""
+    host = transit.hosts["fwd"]
+    transit.start_fwd().kill()
+    host.path("/run/fwd/control.sock").unlink(missing_ok=True)
+    process = host.start([str(PROGRAMS / "fwd"), "--config", "/run/fwd.toml"])
+    wait_for(host.path("/run/fwd/control.sock").exists, "it has begun to start")
+    process.send(number)
+    assert process.wait(20) == status and has_rules(transit) == has_them
+
+
 def test_a_users_own_filter_rules_still_see_what_fwd_accepted(transit):
     host = transit.hosts["fwd"]
     transit.start_fwd()
