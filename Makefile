@@ -89,6 +89,7 @@ install:
 	$(SUDO) ln -sf $(INSTALLED)/bin/fwd /usr/local/sbin/fwd
 	$(SUDO) ln -sf $(INSTALLED)/bin/fwctl /usr/local/bin/fwctl
 	$(SUDO) install -m 644 README.md ARCHITECTURE.md CHANGELOG.md systemd/fwd.toml /usr/local/share/doc/fwd/
+	$(SUDO) cp -R docs /usr/local/share/doc/fwd/
 	@test -e /etc/fwd/fwd.toml || $(SUDO) install -m 644 systemd/fwd.toml /etc/fwd/fwd.toml
 	$(SUDO) $(INSTALLED)/bin/python -m fwd.man /usr/local/share/man
 	@for to in $(COMPLETIONS); do \
