@@ -270,7 +270,8 @@ class Daemon:
             orphans = self._firewall.restore(rows, found, undecided, time.monotonic(), first_log_number)
         except records.RecordError as error:
             self._begin_state_anew(f"it is damaged: {error}")
-            orphans = self._firewall.restore({}, found, undecided, time.monotonic(), first_log_number)
+            rows = {}
+            orphans = self._firewall.restore(rows, found, undecided, time.monotonic(), first_log_number)
         except Exception:
             log.exception("what a former fwd left met a defect of this one")
             self._begin_state_anew("it met a defect of fwd")
@@ -278,6 +279,7 @@ class Daemon:
             raise StateError(
                 "cannot go on where a former fwd stopped: start it again, and sessions begin anew"
             ) from None
+        self._log.judge_left(are_alive=bool(rows))
         if self._kernel is not None:
             self._firewall.note_orphans_removed(orphans, self._kernel.remove(orphan.key for orphan in orphans))
             self._firewall.use_fast_path(self._config.dataplane.fast_path == "auto")
@@ -527,7 +529,7 @@ class Daemon:
             self._firewall.flow_export.finish()
         self._exporter.finish(time.monotonic() + DRAIN_S)
         self._save_all()
-        self._log.leave()
+        self._log.leave(may_be_last=self._is_ready and not self._is_handing_over)
         self._save_all()
         self._close_kernel()
         if self._state is not None:

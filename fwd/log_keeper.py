@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import time
 from collections.abc import Callable
@@ -17,8 +18,12 @@ from .log_entry import Entry
 from .log_filter import LogQuestion
 from .rpc import NO_TRAFFIC_LOG, RpcError
 
+log = logging.getLogger(__name__)
+
 #: How long a stop waits for the disk, and for the syslog server, to take what there is, in seconds.
 STOP_S = 2.0
+#: How much longer it waits for each session that lives, which all are kept then.
+LEFT_S = 60e-6
 
 _DAY_S = 86400.0
 
@@ -110,12 +115,23 @@ class LogKeeper:
         except LogError as error:
             raise RpcError(NO_TRAFFIC_LOG, str(error)) from None
 
-    def leave(self) -> None:
-        """Let the last records be written, if the disk takes them; a successor finds the others in the state file."""
+    def judge_left(self, *, are_alive: bool) -> None:
+        """Sessions that a former fwd left when it was stopped go on with this one, or have ended then."""
+        if self._log is not None:
+            self._log.judge_left(are_alive=are_alive)
+
+    def leave(self, *, may_be_last: bool) -> None:
+        """Let the last records be written, if the disk takes them; a successor finds the others in the state file.
+
+        `may_be_last`: perhaps nobody goes on with the sessions that live, because the machine goes down.
+        """
         if self._log is None:
             return
         self.hand_out()
-        self._log.stop(STOP_S)
+        left = self._firewall.left_to_log(time.monotonic()) if may_be_last else []
+        self._log.leave(left, time.time() - time.monotonic())
+        if not self._log.stop(STOP_S + LEFT_S * len(left)):
+            log.warning("the traffic log does not take all at once: the rest is in the state file until a reboot")
         self._firewall.note_logged(self._log.written_number)
         for export in self._exports:
             export.stop(STOP_S)

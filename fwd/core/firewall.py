@@ -19,7 +19,7 @@ import contextlib
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
-from itertools import islice
+from itertools import chain, islice
 from math import inf
 
 from . import records
@@ -574,6 +574,11 @@ class Firewall:
     def take_log(self) -> list[LogRecord]:
         """Records that the traffic log is to write, in their order; `note_logged` says when it has."""
         return self.traffic_log.take()
+
+    def left_to_log(self, now: float) -> list[LogRecord]:
+        """A record of each session that has none yet, as it is: for the log, should nobody go on with it."""
+        living = (session for session in self.table if session.rule.log_at_end) if self.keeps_log else ()
+        return self.traffic_log.left(chain(self._to_log.values(), living), now)
 
     def note_logged(self, number: int) -> None:
         """All records up to this one are written for good."""

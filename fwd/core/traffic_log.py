@@ -144,6 +144,13 @@ class TrafficLog:
         (self._unsaved if is_saved_first else self._saved).append(record)
         return True
 
+    def left(self, sessions: Iterable[Session], now: float) -> list[LogRecord]:
+        """What sessions will have to be logged as if nobody goes on with them; numbers are those that come next."""
+        return [
+            _record_of(session, number, Subtype.END, now if session.ended_at is None else session.ended_at)
+            for number, session in enumerate(sessions, self.last_number + 1)
+        ]
+
     def take_changes(self) -> tuple[list[LogRecord], list[int]]:
         """Records that are to be saved, LOG_SLICE at most, and numbers of those that need not be kept any more.
 

@@ -3,6 +3,9 @@
 What was committed survives any death of the process. What cannot be written, on a full disk say, is tried again until
 it can, and waits with the core meanwhile. An entry that comes twice, because fwd was killed before it heard that the
 first one was written, is known by its number and stays one. A file that is damaged is set aside, and a new one begun.
+
+Sessions that live when fwd stops go on with the next one, or with nobody, if the machine boots anew in between. So they
+have entries in a table of their own, and the next fwd says what becomes of these.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from ..core.traffic_log import LogRecord
 from ..log_entry import COLUMNS, Entry, row_of
@@ -37,14 +40,20 @@ _SET_UP = """
 PRAGMA synchronous = NORMAL;
 PRAGMA journal_size_limit = 4194304;
 """
+_COLUMNS = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
 _CREATE = (
-    f"CREATE TABLE traffic ({', '.join(f'{name} {kind}' for name, kind in COLUMNS.items())})",
+    f"CREATE TABLE traffic ({_COLUMNS})",
     "CREATE INDEX by_time ON traffic (time)",
     "CREATE TABLE export (name TEXT PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID",
     f"PRAGMA application_id = {_APPLICATION}",
     f"PRAGMA user_version = {_LAYOUT}",
 )
-_INSERT = f"INSERT OR IGNORE INTO traffic VALUES ({', '.join('?' for _ in COLUMNS)})"
+_CREATE_LEFT = f"CREATE TABLE IF NOT EXISTS left_behind ({_COLUMNS})"
+_VALUES = f"VALUES ({', '.join('?' for _ in COLUMNS)})"
+_INSERT = f"INSERT OR IGNORE INTO traffic {_VALUES}"
+_LEAVE = f"INSERT OR REPLACE INTO left_behind {_VALUES}"
+_TAKE_LEFT = "INSERT OR IGNORE INTO traffic SELECT * FROM left_behind"
+_FORGET_LEFT = "DELETE FROM left_behind"
 
 #: After a failure the next try comes so much later, and the log is looked at for what is too old so often, in seconds.
 RETRY_S = 2.0
@@ -62,6 +71,20 @@ _MAX_NUMBER = 2**63 - 1
 
 class LogError(Exception):
     """The log cannot be used; the message says why and what to do."""
+
+
+class _Task(NamedTuple):
+    """A statement of SQL, once for each of the records; with none of them it is done once, as it is."""
+
+    sql: str
+    records: Sequence[LogRecord] | None = None
+    epoch: float = 0.0
+
+    def do(self, database: sqlite3.Connection) -> None:
+        if self.records is None:
+            database.execute(self.sql)
+        else:
+            database.executemany(self.sql, (row_of(record, self.epoch) for record in self.records))
 
 
 class TrafficLog:
@@ -89,7 +112,7 @@ class TrafficLog:
         self._written = written
         self._failed = failed
         self._rotated = rotated
-        self._batches: queue.SimpleQueue[tuple[Sequence[LogRecord], float] | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="traffic-log", daemon=True)
         self._leaving = threading.Event()
         self._news = threading.Condition()
@@ -105,13 +128,24 @@ class TrafficLog:
 
     def write(self, records: Sequence[LogRecord], epoch: float) -> None:
         """Write these soon; `epoch` is when the monotonic clock stood at 0, in seconds since the epoch."""
-        self._batches.put((records, epoch))
+        self._tasks.put(_Task(_INSERT, records, epoch))
 
-    def stop(self, within_s: float) -> None:
-        """Write what there is, if it takes no longer than that."""
-        self._batches.put(None)
+    def leave(self, records: Sequence[LogRecord], epoch: float) -> None:
+        """Keep these of sessions that live, for the next fwd to judge."""
+        self._tasks.put(_Task(_LEAVE, records, epoch))
+
+    def judge_left(self, *, are_alive: bool) -> None:
+        """Before the first record: sessions that a former fwd left live on, or have ended and are entries."""
+        if not are_alive:
+            self._tasks.put(_Task(_TAKE_LEFT))
+        self._tasks.put(_Task(_FORGET_LEFT))
+
+    def stop(self, within_s: float) -> bool:
+        """Write what there is, if it takes no longer than that; whether that is all."""
+        self._tasks.put(None)
         self._thread.join(within_s)
         self._leaving.set()
+        return not self._thread.is_alive() and self.trouble is None
 
     def wait_for_news(self, known: int, timeout_s: float) -> int:
         """For readers in other threads: until more is written than at a former answer; gives what to ask with next."""
@@ -129,7 +163,7 @@ class TrafficLog:
 
     def _work(self) -> None:
         database: sqlite3.Connection | None = None
-        waiting: list[tuple[Any, ...]] = []
+        waiting: list[_Task] = []
         rotate_at = 0.0
         is_last = False
         while not self._leaving.is_set() and not (is_last and not waiting):
@@ -141,10 +175,13 @@ class TrafficLog:
                     self._forget_exports(database)
                 if waiting:
                     with transaction(database):
-                        database.executemany(_INSERT, waiting)
-                    self.written_number = waiting[-1][0]
-                    self._written(self.written_number)
+                        for task in waiting:
+                            task.do(database)
+                    numbers = [task.records[-1].number for task in waiting if task.sql == _INSERT and task.records]
                     waiting.clear()
+                    if numbers:
+                        self.written_number = numbers[-1]
+                        self._written(self.written_number)
                     self.tell_news()
                 if time.monotonic() >= rotate_at:
                     is_done = self._rotate(database)
@@ -162,14 +199,13 @@ class TrafficLog:
         if database is not None:
             database.close()
 
-    def _collect(self, waiting: list[tuple[Any, ...]], timeout_s: float) -> bool:
+    def _collect(self, waiting: list[_Task], timeout_s: float) -> bool:
         """Wait for what there is to write, so long at most; False: there will be nothing more."""
         with contextlib.suppress(queue.Empty):
-            batch = self._batches.get(timeout=timeout_s)
-            while batch is not None:
-                records, epoch = batch
-                waiting += [row_of(record, epoch) for record in records]
-                batch = self._batches.get_nowait()
+            task = self._tasks.get(timeout=timeout_s)
+            while task is not None:
+                waiting.append(task)
+                task = self._tasks.get_nowait()
             return False
         return True
 
@@ -316,6 +352,7 @@ def _open(path: Path) -> sqlite3.Connection:
         if layout != _LAYOUT:
             raise LogError(f"another version of fwd wrote it (layout {layout}): move it away")
         database.executescript(_SET_UP)
+        database.execute(_CREATE_LEFT)
     except BaseException:
         database.close()
         raise

@@ -157,6 +157,24 @@ def test_a_session_that_ended_untold_is_told_by_the_successor():
     assert len(bench.log()) == 1
 
 
+def test_what_nobody_may_go_on_with_has_its_record_in_advance():
+    bench = LoggedBench(Rule("quiet", Action.ALLOW, log_at_end=False, applications=frozenset({"ike"})), LOGS_BOTH)
+    bench.receive(ike(PEER, HERE))
+    bench.sas(SaEstablished(child_sa(0x1001, 0x2001)))
+    bench.receive(esp(PEER, HERE, 0x1001))
+    bench.forward(esp(LEFT, RIGHT, 0x3003))
+    before = bench.log()
+    tunnel, ended = (one for one in bench.firewall.table if one.application != "ike")
+    bench.clear(ended)  # of which nobody was told yet
+    bench.now += 7
+    first, second = bench.firewall.left_to_log(bench.now)
+    assert [one.number for one in (first, second)] == [before[-1].number + 1, before[-1].number + 2]
+    assert (first.session_id, first.end_reason, first.at) == (ended.id, "cleared", ended.ended_at)
+    assert (second.subtype, second.end_reason, second.at) == ("end", "unknown", bench.now)
+    assert (second.session_id, second.packets_c2s, second.child_sa) == (tunnel.id, 1, "net")
+    assert bench.log() == [*before, first]  # and whoever goes on loses and repeats nothing
+
+
 def test_a_session_that_is_readable_no_more_is_told_all_the_same():
     bench = LoggedBench(keep_ended=0)
     bench.receive(ike(PEER, HERE))

@@ -195,6 +195,28 @@ def test_what_was_said_to_be_written_outlives_a_kill(tmp_path, after):
 
 
 @needs_root
+@pytest.mark.parametrize("are_alive", [True, False])
+def test_sessions_that_a_stop_left_go_on_or_have_ended(tmp_path, are_alive):
+    path = tmp_path / "traffic"
+    with a_log(path, exports=["syslog"]) as log:
+        log.write(1)
+        log.log.leave([record(number) for number in (2, 3)], EPOCH)
+    assert log.numbers == [1]
+    server = Server()
+    with a_log(path, exports=["syslog"]) as log, an_export(log, syslog("tcp", server.port)):
+        log.log.judge_left(are_alive=are_alive)
+        log.write(7)
+        wait_until(lambda: log.written == 7)
+        wait_until(lambda: server.messages and ",7," in server.messages[-1])
+    numbers = [7] if are_alive else [2, 3, 7]
+    assert log.numbers == [1, *numbers]
+    assert [int(message.split(",")[22]) for message in server.messages] == numbers
+    server.close()
+    with a_log(path) as log:  # once
+        log.log.judge_left(are_alive=False)
+    assert log.numbers == [1, *numbers]
+
+
 def test_a_full_disk_makes_the_log_wait_and_lose_nothing(tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k,mode=755", "tmpfs", tmp_path], check=True)
     try:
@@ -362,7 +384,7 @@ def test_tls_in_the_new_form_and_nobody_else_is_believed(tmp_path):
         server.close()
         server = Server(context)
         with an_export(log, syslog("tls", server.port, is_ietf=True, tls=trusting, tls_name="log.example")) as counts:
-            wait_until(lambda: counts["sent"] == 1)
+            wait_until(lambda: counts["sent"] == 1 and server.messages)
         (message,) = server.messages
         assert message.startswith("<158>1 2023-11-14T22:15:00.000Z fw1 fwd - TRAFFIC - 1,")
         server.close()

@@ -183,6 +183,32 @@ def test_interfaces_that_come_later_are_known_by_name(transit):
     assert (session["egress_interface"], session["c2s"]["destination_zone"]) == ("late0", "untrust")
 
 
+def test_the_log_has_what_lived_when_fwd_was_stopped_and_the_state_was_gone(transit):
+    """As after a reboot; where the next fwd goes on with the sessions nothing is told of them."""
+
+    def logged():
+        told = fwd.fwctl("--json", "show", "log", "traffic", "filter", "application", "ipsec-esp").stdout
+        return [json.loads(line) for line in told.splitlines()]
+
+    fwd = transit.start_fwd()
+    transit.initiate("sites-v4")
+    assert transit.ping("sites-v4") == 3
+    (before,) = fwd.sessions(application="ipsec-esp")
+    for packets in (3, 6):
+        assert fwd.stop() == 0
+        fwd = transit.start_fwd()
+        (session,) = fwd.sessions(application="ipsec-esp")
+        assert (session["id"], session["c2s"]["packets"]) == (before["id"], packets) and logged() == []
+        assert transit.ping("sites-v4") == 3
+    assert fwd.stop() == 0
+    for path in transit.hosts["fwd"].path("/run/fwd").glob("state*"):
+        path.unlink()
+    fwd = transit.start_fwd()
+    (entry,) = wait_for(logged, "the log knows of it")
+    assert (entry["session"], entry["subtype"], entry["end_reason"]) == (before["id"], "end", "unknown")
+    assert entry["packets_c2s"] == 9 and abs(entry["start"] - before["start_time"]) < 1
+
+
 def test_of_all_capabilities_it_needs_net_admin_only(terminated):
     """As the unit runs it with User=root: root's identity, one capability, no way to gain more."""
     host = terminated.hosts["fwd"]
