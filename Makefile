@@ -22,7 +22,7 @@ COMPLETIONS := bash:bash-completion/completions/fwctl zsh:zsh/site-functions/_fw
 # To build netfilterqueue; to install rules and to reload; for the package; for the lab and its tests.
 BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev libnetfilter-queue-dev
 RUN_PACKAGES := nftables iptables procps
-DEB_PACKAGES := debhelper dpkg-dev
+DEB_PACKAGES := debhelper build-essential
 LAB_PACKAGES := iproute2 iputils-ping fping tcpdump mmdebstrap systemd ethtool nfdump
 VM_PACKAGES := qemu-system-x86 mmdebstrap e2fsprogs git
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from .sandbox import PATIENCE, LabError, Process, Sandbox, enter, outside_path
 from .strongswan import Charon, strongswan_root
 from .topology import FOLDER, Topology, Tunnel, load
 
-#: The programs of the same installation as the Python that runs the lab.
-PROGRAMS = Path(sys.executable).parent
+#: Where fwd and fwctl are: FWD_LAB_PROGRAMS, or the same installation as the Python that runs the lab.
+PROGRAMS = Path(os.environ.get("FWD_LAB_PROGRAMS") or Path(sys.executable).parent)
 
 _START_S = 20.0 * PATIENCE
 

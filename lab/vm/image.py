@@ -28,8 +28,8 @@ _PACKAGES = (
     # what fwd's users have
     *("charon-systemd", "strongswan-swanctl", "libcharon-extra-plugins", "libstrongswan-extra-plugins"),
     *("nftables", "iptables", "firewalld", "iproute2", "iputils-ping", "fping"),
-    # what `make install` and the tests want
-    *("make", "python3-venv", "python3-dev", "gcc", "libc6-dev", "libnetfilter-queue-dev"),
+    # what `make deb` and the tests want
+    *("build-essential", "debhelper", "python3-venv", "python3-dev", "libnetfilter-queue-dev"),
     *("tcpdump", "ethtool", "conntrack"),
 )
 # Inside of the new root. Nothing starts by itself that a test has not started: `strongswan`, `firewalld` and so on.
@@ -54,8 +54,8 @@ python3 -m venv /opt/fwd-test
 _INSTALL = """
 export PIP_NO_INDEX=1 PIP_FIND_LINKS=/opt/wheels PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 cd /lab/tree
-make install
-/opt/fwd-test/bin/pip install -q --no-build-isolation --no-deps -e .
+make deb
+apt-get install -q -y ./build/fwd_*.deb
 rm -rf build
 /opt/fwd-test/bin/python -m compileall -q fwd lab tests
 """
@@ -143,7 +143,7 @@ class Image:
         _run(["mke2fs", "-q", "-t", "ext4", "-d", str(root), str(folder / "disk"), _SIZE])
 
     def install(self, tree: Path, folder: Path) -> Path:
-        """Install a tree with `make install`, and for the tests' Python, on the image; gives what is new then.
+        """Make a tree's Debian package and install it on the image; gives what is new then.
 
         That is done here, in the image's root folder, because emulated it takes minutes. The image does not change.
         Raises LabError.

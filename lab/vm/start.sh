@@ -12,13 +12,14 @@ finish() {
 
 [ -e /lab/running ] && { echo "the guest booted anew, by itself"; finish 70; }
 touch /lab/running
-export FWD_VM_BOOT="$boot" FWD_LAB_ROOT=/ FWD_LAB_PATIENCE=5 HOME=/root PATH="/opt/fwd-test/bin:/usr/sbin:/usr/bin:/sbin:/bin" PIP_NO_INDEX=1 PIP_FIND_LINKS=/opt/wheels
+export FWD_VM_BOOT="$boot" FWD_LAB_ROOT=/ FWD_LAB_PROGRAMS=/usr/lib/fwd/bin FWD_LAB_PATIENCE=5
+export HOME=/root PATH="/opt/fwd-test/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 timeout 240 systemctl is-system-running --wait > /lab/out/boot-$boot
 systemd-analyze >> /lab/out/boot-$boot 2>&1
 echo "--- boot $boot: Debian $(cat /etc/debian_version), Linux $(uname -r), strongSwan $(dpkg-query -W -f='${Version}' charon-systemd)," \
   "$(python -V); $(head -1 /lab/out/boot-$boot) after $(cut -d' ' -f1 /proc/uptime) s"
 
-# The first boot finds what `make install` has made on the image.
+# The first boot finds what the package's installation has made on the image.
 if [ -e /lab/new ]; then
   cp -a /lab/new/. / && rm -rf /lab/new && systemctl daemon-reload || finish 71
 fi

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.namespaces.conftest import lab_of
+from tests.namespaces.conftest import terminated, transit
 from tests.vm.site import CONFIG, Site, sh
+
+__all__ = ["terminated", "transit"]  # fixtures
 
 BOOT = int(os.environ.get("FWD_VM_BOOT", "-1"))
 
@@ -51,18 +53,3 @@ def service(site: Site) -> Iterator[Site]:
     yield site
     Path("/etc/fwd/fwd.toml").write_text(CONFIG)
     print(sh(f"journalctl -u fwd --no-pager --since=@{since} | tail -60"))
-
-
-@pytest.fixture
-def terminated() -> Iterator[object]:
-    yield from lab_of("terminated")
-
-
-@pytest.fixture
-def transit() -> Iterator[object]:
-    yield from lab_of("transit")
-
-
-@pytest.fixture
-def nat() -> Iterator[object]:
-    yield from lab_of("nat")

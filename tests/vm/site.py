@@ -12,6 +12,7 @@ from typing import Any, Self
 from click.testing import CliRunner
 
 from fwd.cli import main
+from lab import ping
 from lab.lab import wait_for
 from lab.sandbox import Process
 from lab.strongswan import Charon
@@ -97,11 +98,6 @@ class Site:
     def __enter__(self) -> Self:
         if not succeeds("ip netns exec peer true"):
             sh(f"set -e; {_LINK}", check=True)
-        # Python alone takes seconds to start on an emulated machine, and `fwd --remove-rules` is one.
-        patience = Path("/run/systemd/system/fwd.service.d/patience.conf")
-        patience.parent.mkdir(parents=True, exist_ok=True)
-        patience.write_text("[Service]\nTimeoutStopSec=90s\n")
-        sh("systemctl daemon-reload", check=True)
         Path("/run/hosts/peer").mkdir(parents=True, exist_ok=True)
         self.peer = Charon(1, "peer", (TUNNEL,), Path("/"))
         self.peer.start()
@@ -121,7 +117,7 @@ class Site:
 
     def ping(self, count: int, interval_s: float = 0.02) -> Process:
         """Ping the peer through the tunnel, in the background."""
-        command = ["ping", "-n", "-q", "-I", "10.9.0.1", "-c", f"{count}", "-i", f"{interval_s}", "-W", "2", "10.3.0.1"]
+        command = ping.command("10.9.0.1", "10.3.0.1", count, interval_s)
         return Process(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def session(self) -> dict[str, Any] | None:
@@ -130,12 +126,9 @@ class Site:
         return found[0] if len(found) == 1 else None
 
 
-def received(ping: Process) -> int:
+def received(pings: Process) -> int:
     """How many answers a ping got, when it is over."""
-    said = ping.popen.communicate(timeout=120)[0]
-    found = re.search(r"(\d+) received", said)
-    assert found, said
-    return int(found[1])
+    return ping.outcome(pings).received
 
 
 def fwctl(*words: str) -> Any:
@@ -165,10 +158,9 @@ def has_queue() -> bool:
     return any(line.split()[0] == "20" for line in Path("/proc/net/netfilter/nfnetlink_queue").read_text().splitlines())
 
 
-def xfrm_packets(namespace: str = "") -> dict[int, int]:
+def xfrm_packets() -> dict[int, int]:
     """Packets of each SPI, as the kernel's own ESP counted them."""
-    on = f"ip netns exec {namespace} " if namespace else ""
-    return parse_xfrm(sh(f"{on}ip -s xfrm state", check=True))
+    return parse_xfrm(sh("ip -s xfrm state", check=True))
 
 
 def parse_xfrm(listed: str) -> dict[int, int]:
