@@ -29,6 +29,11 @@ def terminated() -> Iterator[Lab]:
 
 
 @pytest.fixture
+def nat() -> Iterator[Lab]:
+    yield from lab_of("nat")
+
+
+@pytest.fixture
 def demo() -> Iterator[Lab]:
     yield from lab_of("demo")
 

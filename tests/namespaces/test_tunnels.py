@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from lab.lab import PROGRAMS, default_config, wait_for
-from tests.namespaces.conftest import accounted, lab_of, witnessed
+from tests.namespaces.conftest import accounted, witnessed
 
 HERE, PEER = "192.0.2.1", "192.0.2.2"
 EVERY_PACKET = default_config().replace('action = "allow"', 'action = "allow"\ninspect = "every-packet"')
@@ -320,11 +320,6 @@ def test_esp_passes_the_gate_only_after_ike_and_only_for_a_while(transit):
     transit.charon("site-a").rekey("sites-v4")  # a CREATE_CHILD_SA exchange opens it again
     assert transit.ping("sites-v4") == 3
     assert accounted(fwd) == witnessed(transit)
-
-
-@pytest.fixture
-def nat():
-    yield from lab_of("nat")
 
 
 def test_behind_a_nat_ike_floats_and_the_whole_is_one_tunnel(nat):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.namespaces.conftest import terminated, transit
+from tests.namespaces.conftest import nat, terminated, transit
 from tests.vm.site import CONFIG, Site, sh
 
-__all__ = ["terminated", "transit"]  # fixtures
+__all__ = ["nat", "terminated", "transit"]  # fixtures
 
 BOOT = int(os.environ.get("FWD_VM_BOOT", "-1"))
 
