@@ -1034,7 +1034,7 @@ class Firewall:
                 known = self.table.lookup(key)
                 if known is not None:
                     return known
-        is_limited = hook != Hook.OUTPUT
+        is_limited, is_in_transit = hook != Hook.OUTPUT, hook == Hook.FORWARD
         if is_limited and (refusal := self.limits.admit(packet.src, packet.dst)) is not None:
             if refusal == HALF_OPEN:
                 refusal = self._admit_all_the_same(packet, now)
@@ -1047,7 +1047,7 @@ class Firewall:
         application = GENERIC_APPLICATION[packet.kind]
         is_provisional = not isinstance(key, FlowKey)
         # What may be a tunnel's of this host, although it cannot be told yet or ever, is judged as such.
-        is_fragment = packet.kind is Kind.ESP and packet.spi is None and hook != Hook.FORWARD
+        is_fragment = packet.spi is None and packet.kind is Kind.ESP and not is_in_transit
         is_maybe_tunnel = is_provisional or (is_fragment and bool(self._tunnels.between(packet.src, packet.dst)))
         sport, dport = ports_of(packet, key)
         client, server = Flow(packet.src, self._zone(ingress), sport), Flow(packet.dst, self._zone(egress), dport)
@@ -1057,7 +1057,7 @@ class Firewall:
             client,
             server,
             self._rule(client, server, Application.IPSEC_UDP if is_maybe_tunnel else application),
-            hook != Hook.FORWARD,
+            not is_in_transit,
             self.interfaces.name_of(ingress),
             self.interfaces.name_of(egress),
             self.settings.timeouts_s[application],
@@ -1069,7 +1069,7 @@ class Firewall:
             self.limits.enter(session)
         if is_provisional:
             self.counters.add("session_provisional")
-        elif packet.kind is not Kind.IKE and hook == Hook.FORWARD:
+        elif is_in_transit and packet.kind is not Kind.IKE:
             if self.settings.pass_through is PassThrough.IKE_GATED:
                 self._ask_gate(session, now)
             if isinstance(key, FlowKey) and key.low_port and packet.kind is Kind.ESP:
