@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from heapq import nlargest, nsmallest
 from ipaddress import ip_address
-from itertools import chain, islice
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -48,8 +48,8 @@ BRIEF_PER_PAGE = 500
 SESSIONS_PER_PAGE = 250
 EVENTS_PER_PAGE = 500
 
-#: SAs in one answer of `tunnel.list`: some 10 ms' worth.
-SAS_PER_PAGE = 1000
+#: SAs in one answer of `tunnel.list`: some 5 ms' worth.
+SAS_PER_PAGE = 500
 
 #: Values offered for completion at once. With 100,000 sessions that takes 0.5 ms; if none of LOOKED_AT_ONCE SAs has a
 #: name that begins so, 3 ms.
@@ -458,18 +458,10 @@ class Api:
 
     def _tunnel_detail(self, params: _Tunnels) -> JSON:
         """Tunnels in the order of their sessions' ids, those that ended and are still readable included."""
-        table = self._firewall.table
-        wanted = (
-            session
-            for session in chain(table, table.ended)
-            if session.id > params.after
-            and (sa := session.sa) is not None
-            and params.name in (None, sa.child_name, sa.ike_name)
-        )
         page: list[Session] = []
         following = None
         pairs = 0
-        for session in nsmallest(PAIRS_PER_PAGE + 1, wanted, key=lambda session: session.id):
+        for session in self._firewall.table.tunnels_after(params.after, params.name):
             pairs += len(session.generations)
             if page and pairs > PAIRS_PER_PAGE:
                 following = page[-1].id
@@ -499,7 +491,7 @@ class Api:
         values = list(islice(found, VALUES_OFFERED + 1))
         are_more = len(values) > VALUES_OFFERED
         if params.kind == "tunnel":
-            are_more |= any(True for _ in islice(self._firewall.directory, LOOKED_AT_ONCE, None))
+            are_more |= len(self._firewall.directory) > LOOKED_AT_ONCE
         return {"values": values[:VALUES_OFFERED], "more": are_more}
 
     def _names_like(self, kind: LiveKind, prefix: str) -> Iterator[tuple[str, str]]:
@@ -570,8 +562,7 @@ class Api:
     def _tunnel_list(self, params: _After) -> JSON:
         """SAs in the order in which fwd came to know them; `next` is what to go on after, None at the end."""
         directory, now = self._firewall.directory, self._now()
-        wanted = (known for known in directory if known.number > params.after)
-        page = nsmallest(SAS_PER_PAGE, wanted, key=lambda known: known.number)
+        page = list(islice(directory.after(params.after), SAS_PER_PAGE))
         tunnels = []
         for known in page:
             sa = known.sa

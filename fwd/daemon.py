@@ -601,7 +601,7 @@ class Daemon:
             "flow-export": self._exporter.describe(),
             "without-fwd": "packets pass (fail-open)" if plane.fail == "open" else "packets are dropped (fail-closed)",
             "strongswan": "connected" if directory.is_fresh else f"away: {directory.lost_reason}",
-            "tunnels": sum(1 for _ in directory),
+            "tunnels": len(directory),
             "sessions": f"{len(self._firewall.table)} of {self._firewall.table.capacity}",
         }
 

@@ -330,6 +330,10 @@ class Bench:
         self._check_limits()
         kinds = Counter((session.application, session.state, session.type) for session in self.firewall.table)
         assert kinds == +Counter(self.firewall.table.tally) and min(self.firewall.table.tally.values()) == 0
+        readable = [session for session in (*self.firewall.table, *self.firewall.table.ended) if session.generations]
+        assert list(self.firewall.table.tunnels_after(0)) == sorted(readable, key=lambda session: session.id)
+        known = list(self.firewall.directory)
+        assert list(self.firewall.directory.after(0)) == sorted(known, key=lambda known: known.number)
         self._check_totals()
         allocated = values["session_allocated"]
         gone = values["session_ended"] + values["session_absorbed"] + values["session_not_restored"]

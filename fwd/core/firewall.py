@@ -24,6 +24,7 @@ from math import inf
 
 from . import records
 from .ager import Ager
+from .between import Between, ends_of
 from .constants import (
     CLEAR_ELEMENTS,
     CLEAR_SLICE,
@@ -71,7 +72,7 @@ from .fast_path import FastPath, Found, Outcome, Reading, Work
 from .flow_export import FlowExport
 from .gate import CLOSED, IkeGate
 from .health import Finding, Trouble, Watch, ask_for_counts, compare, note_counts
-from .ike import IkeSa, IkeWatcher, Peers, Way, of_tunnel, peers_of
+from .ike import IkeSa, IkeWatcher, Peers, Way, of_tunnel
 from .interfaces import InterfaceEvent, InterfaceTable
 from .limits import HALF_OPEN, LimitReached, Limits
 from .packet import Kind, Packet, PacketError, packet_of, parse, peek
@@ -180,7 +181,7 @@ class Firewall:
         self.gate = IkeGate(self._note_gate)
         self.spi_sessions = SpiSessions()
         #: Sessions of this host that no tunnel claimed in time.
-        self._unclaimed: dict[Session, None] = {}
+        self._unclaimed = Between()
         self._health = Watch(self.directory, now)
         self._to_gate: deque[Session] = deque()
         self._to_watch: deque[Session] = deque()
@@ -726,7 +727,7 @@ class Firewall:
         if session.generations:
             self._restore_tunnel(session, record, now)
         elif session.is_terminated and not session.is_provisional and (session.c2s.uses or session.s2c.uses):
-            self._unclaimed[session] = None
+            self._unclaimed.add(session)
         is_of_spi = any(isinstance(key, FlowKey) and key.low_port for key in session.keys)
         if is_in_transit and is_of_spi and session.application is Application.IPSEC_ESP:
             self.spi_sessions.join(session)
@@ -800,7 +801,7 @@ class Firewall:
         ids += [other.id for other in self.spi_sessions.between(a, b)]
         if session.application is Application.IKE:
             ids += [tunnel.id for tunnel in self._tunnels.between(a, b)]
-        ended = (o.id for o in self.table.ended if peers_of(o.client.address, o.server.address) == peers_of(a, b))
+        ended = (other.id for other in self.table.ended if ends_of(other) == ends_of(session))
         ids += deque(ended, maxlen=LINKED_ENDED)
         found = (self.table.find(number) for number in dict.fromkeys(ids))
         return [other for other in found if other is not None and other is not session]
@@ -820,8 +821,7 @@ class Firewall:
             return []  # nobody tells what it should be, or it is over
         sessions = [session]
         if session.generations:
-            ends = {session.client.address, session.server.address}
-            sessions += [s for s in self._unclaimed if {s.client.address, s.server.address} == ends]
+            sessions += self._unclaimed.of(session.client.address, session.server.address)
         for watched in sessions:
             self._look_at(watched, now)
         return [finding for watched in sessions for finding in self._health.found(watched)]
@@ -851,7 +851,7 @@ class Firewall:
     @property
     def strangers(self) -> Iterable[Session]:
         """Sessions of this host that no tunnel claimed: its IKE daemon owns none of their SPIs, or does no more."""
-        return self._unclaimed.keys()
+        return self._unclaimed
 
     def tunnel_of(self, sa: ChildSa) -> Session | None:
         """The live session of the tunnel that this SA belongs to."""
@@ -1034,7 +1034,7 @@ class Firewall:
                 known = self.table.lookup(key)
                 if known is not None:
                     return known
-        is_limited = hook != Hook.OUTPUT
+        is_limited, is_in_transit = hook != Hook.OUTPUT, hook == Hook.FORWARD
         if is_limited and (refusal := self.limits.admit(packet.src, packet.dst)) is not None:
             if refusal == HALF_OPEN:
                 refusal = self._admit_all_the_same(packet, now)
@@ -1047,7 +1047,7 @@ class Firewall:
         application = GENERIC_APPLICATION[packet.kind]
         is_provisional = not isinstance(key, FlowKey)
         # What may be a tunnel's of this host, although it cannot be told yet or ever, is judged as such.
-        is_fragment = packet.kind is Kind.ESP and packet.spi is None and hook != Hook.FORWARD
+        is_fragment = packet.spi is None and packet.kind is Kind.ESP and not is_in_transit
         is_maybe_tunnel = is_provisional or (is_fragment and bool(self._tunnels.between(packet.src, packet.dst)))
         sport, dport = ports_of(packet, key)
         client, server = Flow(packet.src, self._zone(ingress), sport), Flow(packet.dst, self._zone(egress), dport)
@@ -1057,7 +1057,7 @@ class Firewall:
             client,
             server,
             self._rule(client, server, Application.IPSEC_UDP if is_maybe_tunnel else application),
-            hook != Hook.FORWARD,
+            not is_in_transit,
             self.interfaces.name_of(ingress),
             self.interfaces.name_of(egress),
             self.settings.timeouts_s[application],
@@ -1069,7 +1069,7 @@ class Firewall:
             self.limits.enter(session)
         if is_provisional:
             self.counters.add("session_provisional")
-        elif packet.kind is not Kind.IKE and hook == Hook.FORWARD:
+        elif is_in_transit and packet.kind is not Kind.IKE:
             if self.settings.pass_through is PassThrough.IKE_GATED:
                 self._ask_gate(session, now)
             if isinstance(key, FlowKey) and key.low_port and packet.kind is Kind.ESP:
@@ -1218,7 +1218,7 @@ class Firewall:
         session.rule = self._rule(session.client, session.server, session.application)
         if self.settings.unknown_spi is UnknownSpi.DISCARD or session.rule.action is Action.DENY:
             self.counters.add("flow_policy_deny")
-            self._unclaimed[session] = None
+            self._unclaimed.add(session)
             self._discard(session, now)
             self._log_start(session, now)
             return
@@ -1227,14 +1227,14 @@ class Firewall:
         taken = self.table.lookup(pair)
         if taken is None:
             self.table.index(session, {pair: session.c2s})
-            self._unclaimed[session] = None
+            self._unclaimed.add(session)
             self._keep_alive(session, now)
             self._log_start(session, now)
             return
         generic = taken.session
         turned = generic.client.address != session.client.address
         self._absorb(session, generic, turned)
-        self._unclaimed[generic] = None
+        self._unclaimed.add(generic)
         own = {key: generic.flow((flow is session.c2s) != turned) for key, flow in flows.items()}
         self.table.index(generic, own)
         self._note(generic)
@@ -1517,7 +1517,8 @@ class Firewall:
         self.limits.leave(session)
         self.gate.leave(session)
         self.spi_sessions.leave(session)
-        self._unclaimed.pop(session, None)
+        if session.is_terminated:
+            self._unclaimed.discard(session)
         self._health.forget(session)
         if session.generations:
             self.totals.look(session, now)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from math import inf
 
+from .between import ends_of
 from .constants import GATE_SLICE
 from .ike import Peers, peers_of
 from .policy import Action, Rule
@@ -57,7 +58,7 @@ class IkeGate:
 
     def join(self, session: Session) -> Gate:
         """The gate between its peers decides on this session from now on."""
-        gate = session.gate = self._gates.setdefault(_peers(session), Gate())
+        gate = session.gate = self._gates.setdefault(ends_of(session), Gate())
         gate.sessions[session] = None
         return gate
 
@@ -66,7 +67,7 @@ class IkeGate:
         if (gate := session.gate) is None:
             return
         gate.sessions.pop(session, None)
-        peers = _peers(session)
+        peers = ends_of(session)
         if not gate.sessions and not gate.open_until and self._gates.get(peers) is gate:
             del self._gates[peers]
 
@@ -111,7 +112,3 @@ class IkeGate:
             if not gate.sessions:
                 del self._gates[peers]
         return [self._moved.popleft() for _ in range(min(GATE_SLICE, len(self._moved)))]
-
-
-def _peers(session: Session) -> Peers:
-    return peers_of(session.client.address, session.server.address)

@@ -55,15 +55,60 @@ def source_of(address: bytes) -> bytes:
     return address if len(address) == 4 else address[:_IPV6_SOURCE]
 
 
+class _Counts(dict[bytes, int]):
+    """How many sessions each has, and how many the one that has most, which nobody has to look for."""
+
+    __slots__ = ("_having",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: How many have two sessions, three, and so on, up to the most; those with one, of which a flood has many, are
+        #: not counted.
+        self._having = [0, 0]
+
+    @property
+    def most(self) -> int:
+        """How many sessions the one that has most has."""
+        return len(self._having) - 1 if self else 0
+
+    def more(self, key: bytes) -> None:
+        """It has one more."""
+        before = self.get(key, 0)
+        self[key] = before + 1
+        if before:
+            self.rise(before)
+
+    def rise(self, before: int) -> None:
+        """One that had so many, and not none, was given one more."""
+        having = self._having
+        having[before] -= 1
+        if before + 1 < len(having):
+            having[before + 1] += 1
+        else:
+            having.append(1)
+
+    def less(self, key: bytes) -> None:
+        """It has one less."""
+        left = self[key] - 1
+        if not left:
+            del self[key]
+            return
+        self[key] = left
+        having = self._having
+        having[left + 1] -= 1
+        having[left] += 1
+        if not having[-1]:
+            having.pop()
+
+
 class Limits:
     """Who has how many sessions."""
 
     def __init__(self, bounds: Bounds) -> None:
         self.set_bounds(bounds)
-        self._of_source: dict[bytes, int] = {}
-        self._of_peers: dict[bytes, int] = {}
+        self._of_source, self._of_peers = _Counts(), _Counts()
         #: Of the sessions of two peers, those that are not half-open.
-        self._answered: dict[bytes, int] = {}
+        self._answered = _Counts()
         #: The oldest first. A plain dict takes long to find its first entry after many have gone.
         self._half_open: OrderedDict[Session, None] = OrderedDict()
 
@@ -80,8 +125,8 @@ class Limits:
         return len(self._half_open)
 
     def most(self) -> tuple[int, int]:
-        """How many sessions the busiest source has, and the busiest pair of peers. Looks through all of them."""
-        return max(self._of_source.values(), default=0), max(self._of_peers.values(), default=0)
+        """How many sessions the busiest source has, and the busiest pair of peers."""
+        return self._of_source.most, self._of_peers.most
 
     def counts(self, client: bytes, server: bytes) -> tuple[int, int]:
         """How many sessions this source has, and these two peers."""
@@ -113,6 +158,10 @@ class Limits:
             return HALF_OPEN
         self._of_source[source] = of_source + 1
         self._of_peers[peers] = of_peers + 1
+        if of_source:
+            self._of_source.rise(of_source)
+        if of_peers:
+            self._of_peers.rise(of_peers)
         return None
 
     def enter(self, session: Session) -> None:
@@ -122,14 +171,13 @@ class Limits:
 
     def retract(self, client: bytes, server: bytes) -> None:
         """The session that was admitted did not come about."""
-        _less(self._of_source, source_of(client))
-        _less(self._of_peers, _peers(client, server))
+        self._of_source.less(source_of(client))
+        self._of_peers.less(_peers(client, server))
 
     def take_over(self, session: Session, *, is_half_open: bool) -> None:
         """Count a session that was there before this daemon, whatever the limits are."""
-        source, peers = source_of(session.c2s.address), _peers(session.c2s.address, session.s2c.address)
-        self._of_source[source] = self._of_source.get(source, 0) + 1
-        self._of_peers[peers] = self._of_peers.get(peers, 0) + 1
+        self._of_source.more(source_of(session.c2s.address))
+        self._of_peers.more(_peers(session.c2s.address, session.s2c.address))
         self.enter(session)
         if not is_half_open:
             self.settle(session)
@@ -146,8 +194,7 @@ class Limits:
         """Somebody has answered: nothing pushes it out any more. Once is enough."""
         if session in self._half_open:
             del self._half_open[session]
-            peers = _peers(session.c2s.address, session.s2c.address)
-            self._answered[peers] = self._answered.get(peers, 0) + 1
+            self._answered.more(_peers(session.c2s.address, session.s2c.address))
 
     def leave(self, session: Session) -> None:
         """Count it no more, whatever it ended by; one that was never counted does no harm."""
@@ -157,7 +204,7 @@ class Limits:
         if session in self._half_open:
             del self._half_open[session]
         else:
-            _less(self._answered, _peers(session.c2s.address, session.s2c.address))
+            self._answered.less(_peers(session.c2s.address, session.s2c.address))
         self.retract(session.c2s.address, session.s2c.address)
 
     def silent_since(self, before: float) -> Session | None:
@@ -173,11 +220,3 @@ class Limits:
 
 def _peers(a: bytes, b: bytes) -> bytes:
     return a + b if a < b else b + a
-
-
-def _less(counts: dict[bytes, int], key: bytes) -> None:
-    left = counts[key] - 1
-    if left:
-        counts[key] = left
-    else:
-        del counts[key]

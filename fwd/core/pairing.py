@@ -17,8 +17,8 @@ from enum import StrEnum
 from itertools import islice
 from math import inf
 
+from .between import Between, ends_of
 from .constants import PAIR_INTERVAL_S, PAIR_LINES, PAIR_PROOF_S, PAIRINGS_PER_TURN, SPIS_SEEN, TAKE_OVER_S
-from .ike import Peers, peers_of
 from .session import Session, SpiUse
 from .state import State
 
@@ -90,35 +90,34 @@ class SpiSessions:
     """The sessions in transit that show an SPI each, by their peers. They wait until their partner is proven."""
 
     def __init__(self) -> None:
-        self._between: dict[Peers, dict[Session, None]] = {}  # in order: there may be very many
-        self._waiting: dict[Peers, dict[Session, None]] = {}
+        self._all, self._waiting = Between(), Between()
         self._next_at = 0.0
 
     def __contains__(self, session: Session | None) -> bool:
-        return session is not None and session in self._between.get(_peers(session), ())
+        return session is not None and session in self._all
 
     @property
     def waiting_count(self) -> int:
         """How many have no partner."""
-        return sum(map(len, self._waiting.values()))
+        return sum(1 for _ in self._waiting)
 
     def join(self, session: Session) -> None:
         """This one has no partner yet."""
-        for index in (self._between, self._waiting):
-            index.setdefault(_peers(session), {})[session] = None
+        self._all.add(session)
+        self._waiting.add(session)
 
     def pair(self, session: Session) -> None:
         """It has one."""
-        _discard(self._waiting, session)
+        self._waiting.discard(session)
 
     def leave(self, session: Session) -> None:
         """It has ended, or is part of another one."""
-        _discard(self._waiting, session)
-        _discard(self._between, session)
+        self._waiting.discard(session)
+        self._all.discard(session)
 
     def between(self, a: bytes, b: bytes) -> Iterator[Session]:
         """Those between two addresses; of very many only the first."""
-        yield from islice(self._between.get(peers_of(a, b), ()), SPIS_SEEN)
+        return islice(self._all.of(a, b), SPIS_SEEN)
 
     def next_deadline(self) -> float | None:
         """When `due` wants to be asked, in monotonic seconds; None if nobody waits."""
@@ -129,11 +128,8 @@ class SpiSessions:
         if not self._waiting or now < self._next_at:
             return []
         self._next_at = now + PAIR_INTERVAL_S
-        turn = list(islice(self._waiting, PAIRINGS_PER_TURN))
-        for peers in turn:  # to the end of the line
-            self._waiting[peers] = self._waiting.pop(peers)
         # Among more SPIs than a flow remembers nothing is looked for: it would be ambiguous.
-        return [list(self._waiting[peers]) for peers in turn if len(self._waiting[peers]) <= SPIS_SEEN]
+        return [list(sessions) for sessions in self._waiting.turn(PAIRINGS_PER_TURN) if len(sessions) <= SPIS_SEEN]
 
 
 def proven_pairs(waiting: Iterable[Session], now: float) -> Iterator[tuple[Session, Session]]:
@@ -141,7 +137,7 @@ def proven_pairs(waiting: Iterable[Session], now: float) -> Iterator[tuple[Sessi
     uses = {use: session for session in waiting if session.state is State.ACTIVE for use in session.c2s.uses}
     if not uses:
         return
-    low, high = _peers(next(iter(uses.values())))
+    low, high = ends_of(next(iter(uses.values())))
     if low == high:  # what an address sends to itself goes one way only: an SPI would be its own partner
         return
     one_way = [use for use in uses if use.flow.address == low]
@@ -152,19 +148,6 @@ def proven_pairs(waiting: Iterable[Session], now: float) -> Iterator[tuple[Sessi
         if partner is not None and _overlap(use, partner) >= PAIR_PROOF_S:
             first, second = sorted((uses[use], uses[partner]), key=lambda session: session.id)
             yield first, second
-
-
-def _discard(index: dict[Peers, dict[Session, None]], session: Session) -> None:
-    peers = _peers(session)
-    sessions = index.get(peers, {})
-    if session in sessions:
-        del sessions[session]
-        if not sessions:
-            del index[peers]
-
-
-def _peers(session: Session) -> Peers:
-    return peers_of(session.client.address, session.server.address)
 
 
 def _lines(uses: Iterable[SpiUse], now: float, relations: dict[SpiUse, tuple[Relation, SpiUse | None]]) -> list[_Line]:

@@ -13,6 +13,7 @@ from enum import StrEnum
 from itertools import count
 from typing import NamedTuple, TypeAlias
 
+from .by_number import ByNumber
 from .constants import COLLISION_S, FORMER_SPIS_KEPT
 
 #: (destination address in network order, ESP in UDP?, SPI): RFC 4301 section 4.1 identifies an inbound SA so.
@@ -203,6 +204,7 @@ class SaDirectory:
 
     def __init__(self) -> None:
         self._known: dict[SaKey, KnownSa] = {}
+        self._by_number: ByNumber[KnownSa] = ByNumber()
         self._by_spi: dict[SpiKey, ChildSa] = {}
         self._by_pair: dict[_Pair, KnownSa] = {}
         self._former: dict[SpiKey, FormerSa] = {}
@@ -217,6 +219,10 @@ class SaDirectory:
 
     def __iter__(self) -> Iterator[KnownSa]:
         return iter(self._known.values())
+
+    def after(self, number: int) -> Iterator[KnownSa]:
+        """The SAs with a higher number, in the order in which they came to be known; nothing must change meanwhile."""
+        return self._by_number.after(number)
 
     @property
     def is_fresh(self) -> bool:
@@ -264,9 +270,8 @@ class SaDirectory:
         `replaces` is the one that it took over from, if that is still there.
         """
         confirmed_at = installed_at if self.answered_at is None else self.answered_at
-        known = KnownSa(next(self._numbers), sa, installed_at, confirmed_at, replaces, is_rekeyed)
-        self._known[sa.key] = self._by_pair[_pair(sa)] = known
-        self._by_spi[sa.key_in] = self._by_spi[sa.key_out] = sa
+        known = self._known.get(sa.key) or self._add(sa, installed_at, confirmed_at)
+        known.replaces, known.is_rekeyed = replaces, is_rekeyed
         return known
 
     def remember(self, sa: ChildSa, end: SaEnd, removed_at: float) -> None:
@@ -315,10 +320,7 @@ class SaDirectory:
         if known is not None:
             changes += self._update(known, sa, now)
         else:
-            known = self._known[sa.key] = self._by_pair[_pair(sa)] = KnownSa(
-                next(self._numbers), sa, now - sa.age_s, now
-            )
-            self._by_spi[sa.key_in] = self._by_spi[sa.key_out] = sa
+            known = self._add(sa, now - sa.age_s, now)
             changes.append(SaAdded(sa))
         if replaces is not None:
             known.replaces = replaces
@@ -326,6 +328,13 @@ class SaDirectory:
                 replaces.is_rekeyed = True
                 changes.append(SaReplaced(replaces.sa, sa))
         return changes
+
+    def _add(self, sa: ChildSa, installed_at: float, confirmed_at: float) -> KnownSa:
+        known = KnownSa(next(self._numbers), sa, installed_at, confirmed_at)
+        self._known[sa.key] = self._by_pair[_pair(sa)] = known
+        self._by_number.put(known.number, known)
+        self._by_spi[sa.key_in] = self._by_spi[sa.key_out] = sa
+        return known
 
     def _update(self, known: KnownSa, sa: ChildSa, now: float) -> list[SaChange]:
         """What was known was said again, maybe otherwise."""
@@ -350,6 +359,7 @@ class SaDirectory:
         for gone in reversed(line):
             sa, why = gone.sa, SaEnd.REKEYED if gone is not known or gone.is_rekeyed else end
             del self._known[sa.key]
+            self._by_number.drop(gone.number)
             self._forget_pair(gone, sa)
             self._forget_spis(sa)
             self.remember(sa, why, now)

@@ -6,10 +6,10 @@ only would show half a tunnel.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeAlias
 
+from .by_number import ByNumber
 from .sa import SpiKey
 from .session import Flow, FlowKey, Session, Tally, empty_tally
 from .state import Trigger
@@ -17,9 +17,6 @@ from .state import Trigger
 Key: TypeAlias = FlowKey | SpiKey
 
 MAX_ID = 2**31 - 1
-
-#: The list of ids is written anew when, beside so many, more than half of it are no session's any more.
-_STALE_IDS = 64
 
 
 class TableFull(Exception):
@@ -36,11 +33,12 @@ class SessionTable:
     def __init__(self, capacity: int, keep_ended: int) -> None:
         self.capacity = capacity
         self.keep_ended = keep_ended
-        self._live: dict[int, Session] = {}
+        self._live: ByNumber[Session] = ByNumber()
         self._ended: dict[int, Session] = {}
         self._flows: dict[Key, Flow] = {}
-        #: The ids of the live sessions in ascending order, among others that were.
-        self._order: list[int] = []
+        #: Those of both that are tunnels' of this host: all, and by the names of their SAs.
+        self._tunnels: ByNumber[Session] = ByNumber()
+        self._tunnels_named: dict[str, ByNumber[Session]] = {}
         self.last_id = 0
         #: How many live sessions there are of each kind: nobody has to look through the table for that.
         self.tally: Tally = empty_tally()
@@ -56,10 +54,15 @@ class SessionTable:
 
     def after(self, session_id: int) -> Iterator[Session]:
         """The live sessions with a higher id, in the order of their ids; the table must not change meanwhile."""
-        for position in range(bisect_right(self._order, session_id), len(self._order)):
-            session = self._live.get(self._order[position])
-            if session is not None:
-                yield session
+        return self._live.after(session_id)
+
+    def tunnels_after(self, session_id: int, name: str | None = None) -> Iterator[Session]:
+        """The same of tunnels that end on this host, and of those that ended and are still readable.
+
+        With a name only those whose IKE_SA or CHILD_SA is called so.
+        """
+        sessions = self._tunnels if name is None else self._tunnels_named.get(name)
+        return iter(()) if sessions is None else sessions.after(session_id)
 
     @property
     def utilisation(self) -> float:
@@ -98,11 +101,6 @@ class SessionTable:
         self.index(session, entries)
         session.move(Trigger.ALLOCATE)
         self._enter(session)
-        # Ids ascend, but for those of sessions that take over a provisional one's.
-        if not self._order or session.id > self._order[-1]:
-            self._order.append(session.id)
-        elif self._order[position := bisect_left(self._order, session.id)] != session.id:
-            self._order.insert(position, session.id)
 
     def restore(self, session: Session, entries: Mapping[Key, Flow]) -> None:
         """Take a session in as it was in another table, even if there are too many now.
@@ -112,15 +110,32 @@ class SessionTable:
         """
         if session.ended_at is not None:
             self._ended[session.id] = session
+            self._enter_tunnel(session)
             return
         self.index(session, entries)
         self._enter(session)
-        self._order.append(session.id)
 
     def _enter(self, session: Session) -> None:
-        self._live[session.id] = session
+        self._live.put(session.id, session)  # ids ascend, but for those of sessions that take over a provisional one's
         session.tally = self.tally
         self.tally[session.application, session.state, session.type] += 1
+        if session.generations:
+            self._enter_tunnel(session)
+
+    def _enter_tunnel(self, session: Session) -> None:
+        if (sa := session.sa) is not None:
+            self._tunnels.put(session.id, session)
+            for name in {sa.ike_name, sa.child_name}:  # all SAs that a tunnel ever has are called so
+                self._tunnels_named.setdefault(name, ByNumber()).put(session.id, session)
+
+    def _leave_tunnel(self, session: Session) -> None:
+        if (sa := session.sa) is not None:
+            self._tunnels.drop(session.id)
+            for name in {sa.ike_name, sa.child_name}:
+                named = self._tunnels_named[name]
+                named.drop(session.id)
+                if not named:
+                    del self._tunnels_named[name]
 
     def index(self, session: Session, entries: Mapping[Key, Flow]) -> None:
         """Let further keys lead to the session, all or none. Raises KeyInUse and changes nothing."""
@@ -144,7 +159,7 @@ class SessionTable:
 
     def end(self, session: Session, now: float) -> list[Session]:
         """Take a live session out; it stays readable by its id for a while. Gives those that are so no more."""
-        self.remove(session)
+        self._take_out(session)
         session.move(Trigger.END)
         session.move(Trigger.RELEASE)
         session.move(Trigger.RECYCLE)
@@ -152,17 +167,24 @@ class SessionTable:
         self._ended[session.id] = session
         forgotten = []
         while len(self._ended) > self.keep_ended:
-            forgotten.append(self._ended.pop(next(iter(self._ended))))
+            forgotten.append(self._forget_oldest())
         return forgotten
 
     def remove(self, session: Session) -> None:
         """Take a live session out without a trace: its counts live on in another one."""
+        self._take_out(session)
+        self._leave_tunnel(session)
+
+    def _take_out(self, session: Session) -> None:
         self.unindex(session, session.keys)
-        del self._live[session.id]
+        self._live.drop(session.id)
         session.tally = None
         self.tally[session.application, session.state, session.type] -= 1
-        if len(self._order) > 2 * len(self._live) + _STALE_IDS:
-            self._order = sorted(self._live)
+
+    def _forget_oldest(self) -> Session:
+        session = self._ended.pop(next(iter(self._ended)))
+        self._leave_tunnel(session)
+        return session
 
     def forget_ended(self, before: float) -> list[Session]:
         """Drop the ended sessions that ended before that time, and give them."""
@@ -172,6 +194,5 @@ class SessionTable:
             assert session.ended_at is not None
             if session.ended_at >= before:
                 break
-            del self._ended[session.id]
-            forgotten.append(session)
+            forgotten.append(self._forget_oldest())
         return forgotten

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from .ike import Peers, peers_of
+from .between import Between
 from .sa import TunnelKey
 from .session import Session
 
@@ -14,7 +14,7 @@ class Tunnels:
 
     def __init__(self) -> None:
         self._sessions: dict[TunnelKey, Session] = {}
-        self._between: dict[Peers, dict[Session, None]] = {}
+        self._between = Between()
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -33,34 +33,21 @@ class Tunnels:
 
     def between(self, a: bytes, b: bytes) -> Collection[Session]:
         """The sessions of all tunnels between two addresses, in network order."""
-        return self._between.get(peers_of(a, b), {}).keys()
+        return self._between.of(a, b)
 
     def add(self, key: TunnelKey, session: Session) -> None:
         """The tunnel has this session."""
         self._sessions[key] = session
-        self._between.setdefault(self._peers(session), {})[session] = None
+        self._between.add(session)
 
     def remove(self, key: TunnelKey) -> None:
         """The tunnel has no session any more."""
-        session = self._sessions.pop(key)
-        self._leave(session)
+        self._between.discard(self._sessions.pop(key))
 
     def move(self, session: Session, local: bytes, remote: bytes) -> None:
         """The tunnel of this session runs between other addresses now (MOBIKE)."""
-        is_known = session in self.between(session.outbound.address, session.inbound.address)
-        if is_known:
-            self._leave(session)
+        is_known = session in self._between
+        self._between.discard(session)
         session.outbound.address, session.inbound.address = local, remote
         if is_known:
-            self._between.setdefault(self._peers(session), {})[session] = None
-
-    def _leave(self, session: Session) -> None:
-        peers = self._peers(session)
-        sessions = self._between[peers]
-        del sessions[session]
-        if not sessions:
-            del self._between[peers]
-
-    @staticmethod
-    def _peers(session: Session) -> Peers:
-        return peers_of(session.client.address, session.server.address)
+            self._between.add(session)
