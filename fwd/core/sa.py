@@ -110,9 +110,13 @@ class SaDeleted:
 
 @dataclass(frozen=True, slots=True)
 class SaSnapshot:
-    """All CHILD_SAs that there are (VICI list-sas): what is not in it does not exist."""
+    """All CHILD_SAs that there are (VICI list-sas): what is not in it does not exist.
+
+    Unless it `is_whole`, IKE_SAs are missing in it, with all that is theirs.
+    """
 
     sas: tuple[ChildSa, ...]
+    is_whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,9 +262,9 @@ class SaDirectory:
             case SaDeleted(sa):
                 if found := self._find(sa):
                     yield from self._remove(found, SaEnd.DELETED, now)
-            case SaSnapshot(sas):
+            case SaSnapshot(sas, is_whole):
                 self.lost_reason = ""
-                yield from self._replace_all(sas, now)
+                yield from self._replace_all(sas, is_whole, now)
             case SaSourceLost(reason):
                 self.lost_reason = reason
 
@@ -290,7 +294,7 @@ class SaDirectory:
         """The same SA pair, maybe under the addresses that its peers had before (MOBIKE)."""
         return self._known.get(sa.key) or self._by_pair.get(_pair(sa))
 
-    def _replace_all(self, sas: Iterable[ChildSa], now: float) -> Iterator[SaChange | None]:
+    def _replace_all(self, sas: Iterable[ChildSa], is_whole: bool, now: float) -> Iterator[SaChange | None]:
         there = {sa.key: sa for sa in sas}
         for key, sa in there.items():
             moved = self._by_pair.get(_pair(sa)) if key not in self._known else None
@@ -301,6 +305,9 @@ class SaDirectory:
                 changes = self._assign(sa, now)
             yield from changes or (None,)
         gone = [known for key, known in self._known.items() if key not in there]
+        if not is_whole:  # of an IKE_SA that was not told of, what was replaced will have gone
+            told_of = {_ike_sa(sa) for sa in there.values()}
+            gone = [known for known in gone if known.is_rekeyed or _ike_sa(known.sa) in told_of]
         newest: dict[TunnelKey, KnownSa] = {known.sa.tunnel: known for known in gone}
         for known in self._known.values() if gone else ():
             rival = newest.get(known.sa.tunnel)
@@ -374,6 +381,11 @@ class SaDirectory:
         for spi_key in (sa.key_in, sa.key_out):
             if self._by_spi.get(spi_key) == sa:
                 del self._by_spi[spi_key]
+
+
+def _ike_sa(sa: ChildSa) -> tuple[str, str, str, bytes, bytes, int, int]:
+    """What tells its IKE_SA from others', unless a peer has two of the same."""
+    return (sa.ike_name, sa.local_id, sa.remote_id, sa.local, sa.remote, sa.local_port, sa.remote_port)
 
 
 def _pair(sa: ChildSa) -> _Pair:

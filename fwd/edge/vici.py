@@ -5,7 +5,8 @@ Order matters (SPEC section 6). One thread does all of it: it subscribes on one 
 that charon raised after it made the snapshot is therefore never overwritten by it; one that it raised before
 is replayed on top of it, which does no harm: events are assignments, they come in order, so the last one for
 an SA stands. The same goes for every later reconcile, which also finds what an event was lost for (charon
-drops messages over 512 KiB, and raises no child-updown for an SA that was rekeyed before it is deleted).
+drops messages over 512 KiB, and raises no child-updown for an SA that was rekeyed before it is deleted). An IKE_SA
+with a thousand CHILD_SAs or more is such a message: that one is missing shows by charon's own count of them.
 """
 
 from __future__ import annotations
@@ -336,6 +337,12 @@ def _connect(path: str) -> _BoundedTransport:
         raise ConnectionError(f"charon did not take the connection within {ANSWER_S:g} s") from None
 
 
+def _ike_sas(asking: _BoundedTransport) -> int:
+    """How many IKE_SAs charon has; 0 if it does not say."""
+    counts = asking.session().stats().get("ikesas")
+    return max(0, _count(counts, "total")) if isinstance(counts, Mapping) else 0
+
+
 def charon_version(path: str) -> tuple[str, str]:
     """The program that answers on a VICI socket, and its version. Raises ConnectionError or ViciAnswerError."""
     with contextlib.closing(_connect(path)) as transport:
@@ -360,6 +367,8 @@ class ViciListener:
         self._lost_reason = ""
         self._events = [*_EVENTS, _EVENT_MOVED]
         self._connected_to = (0, 0, 0)
+        #: How many IKE_SAs charon did not tell of.
+        self._untold = 0
 
     def start(self) -> None:
         """Begin to listen; charon need not be there yet."""
@@ -404,12 +413,24 @@ class ViciListener:
     def _snapshot(self, asking: _BoundedTransport) -> tuple[SaSnapshot, float]:
         """All SAs, and in how many seconds they are to be read again. Raises ViciAnswerError or ConnectionError."""
         sas: list[ChildSa] = []
-        again_s = _RECONCILE_S
+        again_s, told_of = _RECONCILE_S, 0
+        expected = _ike_sas(asking)
         for answer in asking.list_sas():
+            told_of += len(answer)
             sas += parse_sas(answer)
             if is_leaving(answer):
                 again_s = _AFTER_REKEY_S
-        return SaSnapshot(tuple(sas)), again_s
+        if told_of < expected:  # or some have just ended
+            expected = min(expected, _ike_sas(asking))
+        untold = max(0, expected - told_of)
+        if untold > self._untold:
+            log.warning(
+                "%s: charon has %d IKE_SAs and tells of %d: the others have more CHILD_SAs than its messages hold;"
+                " what is known of those stays in use, and only events tell more. Spread them over more IKE_SAs",
+                *(self._path, expected, told_of),
+            )
+        self._untold = untold
+        return SaSnapshot(tuple(sas), is_whole=not untold), again_s
 
     def _socket(self) -> tuple[int, int, int]:
         """What tells the socket that is there from one that takes its place. Raises OSError."""

@@ -342,6 +342,17 @@ class TestRekey:
         bench.sas(SaSnapshot((NEXT_SA,)))
         assert [g.end for g in bench.session.generations] == [SaEnd.REKEYED, None] and bench.session.rekeys == 1
 
+    def test_what_a_snapshot_with_a_gap_lacks_is_gone_only_if_its_ike_sa_was_told_of(self, bench):
+        other = child_sa(0x1003, 0x2003, ike_name="other", child_name="other", reqid=2)
+        beside = child_sa(0x1004, 0x2004, ike_name="other", child_name="beside", reqid=3)
+        bench.sas(SaSnapshot((SA, other, beside)))
+        bench.sas(SaRekeyed(SA, NEXT_SA))
+        bench.wait(6)
+        bench.sas(SaSnapshot((beside,), is_whole=False))
+        assert {known.sa for known in bench.firewall.directory} == {NEXT_SA, beside}
+        bench.sas(SaSnapshot((beside,)))
+        assert {known.sa for known in bench.firewall.directory} == {beside}
+
     def test_news_that_come_twice_or_late_change_nothing(self, bench):
         bench.sas(SaSnapshot((SA, NEXT_SA)))
         bench.sas(SaEstablished(SA))

@@ -198,6 +198,28 @@ def test_a_charon_that_lies_is_lost_with_a_reason_and_found_again_when_it_does_n
     charon.close()
 
 
+def test_an_ike_sa_too_large_for_a_message_of_charons_is_missed_and_said(tmp_path, listener, monkeypatch, caplog):
+    monkeypatch.setattr(vici, "_RECONCILE_S", 0.2)
+    charon = FakeCharon(tmp_path / "vici", sas(3))
+
+    def statistics(connection, body):
+        if b"stats" in body:
+            connection.sendall(packet(ANSWER, "", encoded({"ikesas": {"total": "3", "half-open": "0"}})))
+        return b"stats" in body
+
+    charon.answer = statistics
+    listener.start()
+    until(lambda: listener.events)
+    assert listener.events[0].is_whole and len(listener.events[0].sas) == 3
+    charon.sas.pop()
+    until(lambda: not listener.events[-1].is_whole)
+    assert len(listener.events[-1].sas) == 2
+    told = len(listener.events)
+    until(lambda: len(listener.events) > told + 1)
+    assert caplog.text.count("charon has 3 IKE_SAs and tells of 2") == 1
+    charon.close()
+
+
 def test_events_that_cannot_be_read_do_not_hide_those_that_can(tmp_path, listener):
     charon = FakeCharon(tmp_path / "vici", sas(1))
     listener.start()
