@@ -41,6 +41,7 @@ from .core.histogram import Histogram
 from .core.interfaces import InterfaceEvent
 from .core.sa import SaEvent, SaSnapshot, SaSourceLost
 from .core.session import Session
+from .core.succession import Succession
 from .edge import ipfix, systemd
 from .edge.clients import Access, ListenError
 from .edge.control import ControlServer
@@ -114,6 +115,7 @@ class Daemon:
         self._config_path = config_path
         self._loop = asyncio.get_running_loop()
         self._firewall = Firewall(config.settings(), time.monotonic())
+        self._succession = Succession(self._firewall)
         plane = config.dataplane
         self._queue = PacketQueue(
             plane.queue,
@@ -264,14 +266,14 @@ class Daemon:
             self._kernel = KernelPath(self._ruleset.backend)
             undecided = self._undecided_before()
             found = self._kernel.find_all() if self._ruleset.kept_maps else []
-        self._firewall.keeps_records = self._state is not None
+        self._firewall.changes.is_on = self._state is not None
         first_log_number = int(time.time() * 1e6)  # more than any that a former state numbered
         try:
-            orphans = self._firewall.restore(rows, found, undecided, time.monotonic(), first_log_number)
+            orphans = self._succession.restore(rows, found, undecided, time.monotonic(), first_log_number)
         except records.RecordError as error:
             self._begin_state_anew(f"it is damaged: {error}")
             rows = {}
-            orphans = self._firewall.restore(rows, found, undecided, time.monotonic(), first_log_number)
+            orphans = self._succession.restore(rows, found, undecided, time.monotonic(), first_log_number)
         except Exception:
             log.exception("what a former fwd left met a defect of this one")
             self._begin_state_anew("it met a defect of fwd")
@@ -281,7 +283,7 @@ class Daemon:
             ) from None
         self._log.judge_left(are_alive=bool(rows))
         if self._kernel is not None:
-            self._firewall.note_orphans_removed(orphans, self._kernel.remove(orphan.key for orphan in orphans))
+            self._succession.note_orphans_removed(orphans, self._kernel.remove(orphan.key for orphan in orphans))
             self._firewall.use_fast_path(self._config.dataplane.fast_path == "auto")
         values = self._firewall.counters.values
         self._counted_before = {name: values[name] for name in _EDGE_COUNTERS}
@@ -313,7 +315,7 @@ class Daemon:
             self._state.close()
         self._state = None
         self._state_in_words = f"none: {error}"
-        self._firewall.keeps_records = False
+        self._firewall.changes.is_on = False
 
     def _serve_kernel(self) -> None:
         """Let the kernel do what the core wants of it.
@@ -334,12 +336,12 @@ class Daemon:
         if self._state is None or now < self._no_save_before:
             return
         try:
-            self._state.write(self._firewall.take_changes(now, sessions))
+            self._state.write(self._succession.take_changes(now, sessions))
         except StateError as error:
             log.error("not saved, tried again in %g s: %s", SAVE_RETRY_S, error)
             self._firewall.counters.add("state_not_saved")
             self._no_save_before = now + SAVE_RETRY_S
-            self._firewall.save_all(self._no_save_before)
+            self._succession.save_all(self._no_save_before)
 
     def _in_loop(self, work: Callable[..., None]) -> Callable[..., None]:
         """What another thread may call to have that done here."""
@@ -405,7 +407,7 @@ class Daemon:
             self._lags.note(max(0.0, time.monotonic() - max(self._timer.when(), self._timer_set_at)))
         self._timer = None
         try:
-            if self._firewall.is_save_due(time.monotonic()):
+            if self._firewall.changes.is_due(time.monotonic()):
                 self._save()  # in a turn of its own: packets have theirs before whatever else is due
             else:
                 self._firewall.handle_timer(time.monotonic())
@@ -536,7 +538,7 @@ class Daemon:
             self._state.close()
 
     def _save_all(self) -> None:
-        while self._state is not None and self._firewall.has_changes and time.monotonic() >= self._no_save_before:
+        while self._state is not None and self._firewall.changes and time.monotonic() >= self._no_save_before:
             self._save()
 
     def _close_kernel(self) -> None:

@@ -23,6 +23,7 @@ from .core.firewall import Firewall
 from .core.health import uses_of
 from .core.ike import IkeSa
 from .core.pairing import Observation, observe
+from .core.related import ike_sas_of, linked_sessions
 from .core.session import Application, Flow, Generation, Place, Session, SpiUse
 from .core.state import State
 from .times import time_of_day
@@ -82,9 +83,9 @@ class Views:
         if is_detailed:
             view["linked"] = [
                 {"id": o.id, "application": o.application, "state": o.state, "end_reason": o.end_reason}
-                for o in self._firewall.linked(session)
+                for o in linked_sessions(self._firewall, session)
             ]
-            view["ike"] = [self.ike_sa(sa) for sa in self._firewall.ike_sas(session)]
+            view["ike"] = [self.ike_sa(sa) for sa in ike_sas_of(self._firewall, session)]
             view["nat_keepalives"] = self._firewall.ike.keepalives(session.client.address, session.server.address)
             if view["ipsec"] is not None:
                 view["ipsec"]["spis"] = self._spis(session, now)
@@ -247,7 +248,7 @@ class Views:
             "end_reason": session.end_reason,
             "rekeys": session.rekeys,
             "generations": self.generations(session),
-            "ike": [self.ike_sa(seen) for seen in self._firewall.ike_sas(session)],
+            "ike": [self.ike_sa(seen) for seen in ike_sas_of(self._firewall, session)],
             "findings": self.findings(session),
         }
 

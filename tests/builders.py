@@ -19,6 +19,7 @@ from fwd.core.policy import Action, Policy, Rule, Verdict, Zones
 from fwd.core.sa import ChildSa
 from fwd.core.session import Place, Session
 from fwd.core.settings import Settings
+from fwd.core.succession import Succession
 
 #: The hosts of the tests: fwd's own address, its peer, and two sites on both sides of it.
 HERE, PEER, LEFT, RIGHT = "192.0.2.1", "192.0.2.2", "198.51.100.2", "203.0.113.2"
@@ -162,8 +163,9 @@ class Bench:
     def __init__(self, *rules: Rule, fast_path: bool = False, **changes: Any) -> None:
         self.now = 1000.0
         self.firewall = Firewall(settings(*rules, **changes), self.now)
+        self.succession = Succession(self.firewall)
         self.firewall.use_fast_path(fast_path)
-        self.firewall.keeps_records = True
+        self.firewall.changes.is_on = True
         self.kernel = Kernel()
         self.saved: dict[bytes, bytes] = {}
         self._checks = 0
@@ -195,16 +197,17 @@ class Bench:
         else:
             self.saved = saved
         self.firewall = Firewall(settings(*rules, **changes), self.now)
-        self.firewall.keeps_records = True
+        self.succession = Succession(self.firewall)
+        self.firewall.changes.is_on = True
         self._know_interfaces()
         found = self.kernel.find_all()
-        orphans = self.firewall.restore(self.saved, found, self.kernel.undecided, self.now)
+        orphans = self.succession.restore(self.saved, found, self.kernel.undecided, self.now)
         last = {}
         for orphan in orphans:
             packets, octets, _ = self.kernel.elements.pop(orphan.key)
             last[orphan.key] = (packets + self.late_packets, octets)
             self.offered += self.late_packets
-        self.firewall.note_orphans_removed(orphans, last)
+        self.succession.note_orphans_removed(orphans, last)
         self.base = {name: self.firewall.counters.values[name] for name in self.base}
         self.firewall.use_fast_path(fast_path)
         self.serve_kernel()
@@ -213,12 +216,12 @@ class Bench:
     def save(self) -> None:
         """Write down what changed, as the daemon does now and then."""
         while True:
-            for key, row in self.firewall.take_changes(self.now).items():
+            for key, row in self.succession.take_changes(self.now).items():
                 if row is None:
                     self.saved.pop(key, None)
                 else:
                     self.saved[key] = row
-            if not self.firewall.has_changes:
+            if not self.firewall.changes:
                 return
 
     def check_saved(self) -> None:
@@ -229,11 +232,11 @@ class Bench:
         self.save()
         sessions = {session.id: session for session in firewall.flow_export.waiting}
         sessions |= {session.id: session for session in (*firewall.table, *firewall.table.ended)}
-        sessions |= firewall._to_log
+        sessions |= firewall.traffic_log.owed
         kept = records.read(self.saved)
         assert kept.totals is not None and {record.id for record in kept.sessions} == sessions.keys()
         for record in kept.sessions:
-            assert _timeless(record) == _timeless(firewall._record(sessions[record.id], self.now))
+            assert _timeless(record) == _timeless(self.succession.record(sessions[record.id], self.now))
         charged = [e for e in firewall.fast_path if e.place in (Place.PENDING, Place.KERNEL)]
         charged += [e for session in sessions.values() for e in firewall.fast_path.leaving(session)]
         assert firewall.fast_path.kernel_packets == sum(element.kernel_packets for element in charged)
@@ -263,7 +266,7 @@ class Bench:
             self.now = max(self.now, self.firewall.next_deadline())
             self.firewall.handle_timer(self.now)
             self.serve_kernel()
-            if self.firewall.is_save_due(self.now):
+            if self.firewall.changes.is_due(self.now):
                 self.save()
         self.now = end
         self.check()

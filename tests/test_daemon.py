@@ -107,10 +107,10 @@ def test_a_defect_at_the_takeover_does_not_come_again_and_again(tmp_path, monkey
 
     async def work():
         fwd = Daemon(config, None)
-        monkeypatch.setattr(fwd._firewall, "restore", lambda *_: 1 / 0)
+        monkeypatch.setattr(fwd._succession, "restore", lambda *_: 1 / 0)
         with pytest.raises(StateError, match="start it again, and sessions begin anew"):
             fwd._take_over()
-        assert fwd._state is None and not fwd._firewall.keeps_records
+        assert fwd._state is None and not fwd._firewall.changes.is_on
 
     asyncio.run(work())
     assert state.exists() and "met a defect of this one" in caplog.text

@@ -90,6 +90,9 @@ GENERATIONS_KEPT: Final = 32
 #: Sessions of the same peers that have ended which a session is shown with.
 LINKED_ENDED: Final = 8
 
+#: That many of all that have ended are looked at for them, the last ones: some 2 ms.
+LINKED_ENDED_LOOKS: Final = 4096
+
 #: Keys of SPIs that nobody knows which may lead to one generic session; the oldest gives way.
 UNKNOWN_SPI_KEYS: Final = 32
 

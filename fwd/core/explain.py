@@ -18,6 +18,7 @@ from .gate import CLOSED
 from .limits import BY_PEERS, BY_SOURCE, HALF_OPEN
 from .packet import Kind, Packet
 from .policy import Action, Rule
+from .related import ike_sas_of, linked_sessions
 from .sa import FormerSa, SaDirectory, SaEnd
 from .session import (
     GENERIC_APPLICATION,
@@ -290,13 +291,13 @@ def _what(firewall: Firewall, session: Session, clock: Clock) -> Iterator[str]:
     if firewall.limits.is_half_open(session):
         yield "It is half-open, for nobody has answered it: should there be no place, it gives way once it is silent."
     yield from _ike(firewall, session, clock)
-    if others := firewall.linked(session):
+    if others := linked_sessions(firewall, session):
         named = (f"session {o.id} ({o.application}{', ended' if o.state is State.INIT else ''})" for o in others)
         yield f"Of the same tunnel or peers: {', '.join(named)}."
 
 
 def _ike(firewall: Firewall, session: Session, clock: Clock) -> Iterator[str]:
-    ike_sas = firewall.ike_sas(session)
+    ike_sas = ike_sas_of(firewall, session)
     record = firewall.ike.record(session.client.address, session.server.address)
     if not ike_sas or record is None:
         return

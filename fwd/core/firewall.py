@@ -9,7 +9,7 @@
     while (event := firewall.next_event()):  # what there is to tell
 
 Every packet gets exactly one verdict, and is counted in exactly one place: a flow (`_account`), an element that
-repeats the flow's verdict, in the daemon or in the kernel (`_count` brings its counts to the flow), or a drop counter
+repeats the flow's verdict, in the daemon or in the kernel (`count` brings its counts to the flow), or a drop counter
 (`_drop`).
 """
 
@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from itertools import chain, islice
 from math import inf
 
-from . import records
 from .ager import Ager
-from .between import Between, ends_of
+from .between import Between
+from .changes import Changes
 from .constants import (
     CLEAR_ELEMENTS,
     CLEAR_SLICE,
@@ -39,7 +39,6 @@ from .constants import (
     HALF_OPEN_IDLE_S,
     IKE_ROOM,
     LINGER_SLICE,
-    LINKED_ENDED,
     LOOK_INTERVAL_S,
     LOOK_MAX_PACKETS,
     LOOK_MIN_PACKETS,
@@ -47,9 +46,6 @@ from .constants import (
     READS_PER_REQUEST,
     SA_LINGER_S,
     SA_SLICE,
-    SAVE_INTERVAL_S,
-    SAVE_PAUSE_S,
-    SAVE_SLICE,
     SWEEP_INTERVAL_S,
     UNKNOWN_SPI_KEYS,
     WATCH_INTERVAL_S,
@@ -72,16 +68,15 @@ from .fast_path import FastPath, Found, Outcome, Reading, Work
 from .flow_export import FlowExport
 from .gate import CLOSED, IkeGate
 from .health import Finding, Trouble, Watch, ask_for_counts, compare, note_counts
-from .ike import IkeSa, IkeWatcher, Peers, Way, of_tunnel
+from .ike import IkeWatcher, Way
 from .interfaces import InterfaceEvent, InterfaceTable
 from .limits import HALF_OPEN, LimitReached, Limits
-from .packet import Kind, Packet, PacketError, packet_of, parse, peek
+from .packet import Kind, Packet, PacketError, parse, peek
 from .pairing import SpiSessions, proven_pairs
 from .policy import Action, Rule, Verdict
 from .rates import Rate, Rates
 from .sa import (
     ChildSa,
-    KnownSa,
     SaAdded,
     SaDeleted,
     SaDirectory,
@@ -100,7 +95,6 @@ from .session import (
     GENERIC_APPLICATION,
     Application,
     Element,
-    ElementKey,
     Flow,
     FlowKey,
     Generation,
@@ -114,7 +108,7 @@ from .session import (
 )
 from .settings import PassThrough, Settings, TransitPorts, UnknownSpi
 from .state import EndReason, State, Trigger
-from .table import MAX_ID, Key, KeyInUse, SessionTable, TableFull
+from .table import Key, KeyInUse, SessionTable, TableFull
 from .totals import Totals
 from .traffic_log import LogRecord, Subtype, TrafficLog
 from .tunnels import Tunnels
@@ -143,15 +137,6 @@ _END_COUNTERS = {
 }
 
 
-#: Counters that packets which the kernel decides on are a part of.
-_COUNTED_BY_KERNEL = {
-    "pkt_recv": "packets",
-    "pkt_session": "packets",
-    "pkt_fast_path": "packets",
-    "byte_session": "bytes",
-}
-
-
 class Firewall:
     """The session table, the SAs, the interfaces and the policy of one host. Times are monotonic seconds."""
 
@@ -162,6 +147,9 @@ class Firewall:
         self.counters = Counters(now)
         self.totals = Totals(settings.tunnel_totals, now)
         self.limits = Limits(settings.limits)
+        self.traffic_log = TrafficLog()
+        self.changes = Changes(self.traffic_log)
+        self._note = self.changes.note
         self.directory = SaDirectory()
         self.interfaces = InterfaceTable()
         # One element each way is what most sessions need.
@@ -171,17 +159,18 @@ class Firewall:
         self.flow_export = FlowExport(self.table, self.interfaces, self.counters, self._note, self.fast_path.leaving)
         self.flow_export.set_active_timeout(settings.flow_active_timeout_s)
         self.started_at = now
-        self._tunnels = Tunnels()
+        #: The live sessions of tunnels that end here, one for each.
+        self.tunnels = Tunnels()
         #: What is still to be learned of the last thing that the IKE daemon said.
         self._learning: Iterator[int] | None = None
         self._lingering: deque[tuple[float, Session, ChildSa]] = deque()
         self._zone_of_index: dict[int, str] = {}
         #: IKE as it was seen between any two peers, and the gate that it opens for their ESP in transit.
         self.ike = IkeWatcher()
-        self.gate = IkeGate(self._note_gate)
+        self.gate = IkeGate(self.changes.note_gate)
         self.spi_sessions = SpiSessions()
-        #: Sessions of this host that no tunnel claimed in time.
-        self._unclaimed = Between()
+        #: Sessions of this host that no tunnel claimed in time: its IKE daemon owns none of their SPIs.
+        self.strangers = Between()
         self._health = Watch(self.directory, now)
         self._to_gate: deque[Session] = deque()
         self._to_watch: deque[Session] = deque()
@@ -193,17 +182,8 @@ class Firewall:
         self._events: deque[Event] = deque()
         self._to_clear: deque[Session] = deque()
         self._to_rematch: dict[Session, None] = {}
-        #: Whether what changes is noted, for `take_changes`.
-        self.keeps_records = False
-        self._changed: dict[int, None] = {}  # ids, in order
-        self._changed_gates: dict[Peers, None] = {}
-        self._next_save_at = 0.0
-        self._queue_offset = 0
-        self.traffic_log = TrafficLog()
         #: Whether sessions leave records in the traffic log.
         self.keeps_log = False
-        #: Sessions that ended and have not left theirs, by id.
-        self._to_log: dict[int, Session] = {}
         self._asked: list[Session] = []
 
     # --- what goes in --------------------------------------------------------------------------------
@@ -235,7 +215,7 @@ class Firewall:
             return self._drop(f"flow_parse_{error.reason}")
         # A packet to or from this host has one interface only; the session shows it on both sides.
         ingress, egress = indev or outdev, outdev or indev
-        key = self._key(packet, hook, ingress, egress)
+        key = self.key_of(packet, hook, ingress, egress)
         flow = self.table.lookup(key)
         if flow is None and packet.spi is None:
             flow = self._flow_of_fragment(packet, hook)
@@ -301,7 +281,7 @@ class Firewall:
                 case SaAdded(sa):
                     self._add_sa(sa, now, is_news=True)
                 case SaReplaced(_, sa):
-                    if session := self._tunnels.get(sa.tunnel):
+                    if session := self.tunnels.get(sa.tunnel):
                         session.rekeys += 1
                         self._note(session)
                         self._events.append(SessionRekeyed(session, sa))
@@ -309,11 +289,11 @@ class Firewall:
                     self._update_sa(old, sa, now)
                 case SaRemoved(sa, end):
                     self._remove_sa(sa, end, now)
-            session = self._tunnels.get(sa.tunnel) if change else None
+            session = self.tunnels.get(sa.tunnel) if change else None
             yield 1 + (len(session.generations) // GENERATIONS_KEPT if session else 0)
         if isinstance(event, SaSnapshot):
             for known in list(self.directory):
-                session = self._tunnels.get(known.sa.tunnel)
+                session = self.tunnels.get(known.sa.tunnel)
                 if session is None:  # it could not get one when it came up
                     self._add_sa(known.sa, now)
                 elif generation := session.generation(known.sa):
@@ -335,7 +315,7 @@ class Firewall:
         self.interfaces.apply(event)
         self._zones_changed()
         # Those that wait for their first packet show the interface that has their local address.
-        self._to_rematch |= dict.fromkeys(tunnel for tunnel in self._tunnels if tunnel.state is State.OPENING)
+        self._to_rematch |= dict.fromkeys(tunnel for tunnel in self.tunnels if tunnel.state is State.OPENING)
 
     def reconfigure(self, settings: Settings) -> None:
         """Take new settings. The sessions that exist meet the new rules and timeouts soon, a slice at a time.
@@ -391,7 +371,7 @@ class Firewall:
             deadlines.append(sweep)
         if (gate := self.gate.next_deadline()) is not None:
             deadlines.append(gate)
-        if self._tunnels or self._unclaimed:
+        if self.tunnels or self.strangers:
             deadlines.append(self._next_watch_at)
         if self._close_watch:
             deadlines.append(self._next_close_watch_at)
@@ -399,8 +379,8 @@ class Firewall:
             deadlines.append(pairing)
         if self._to_clear or self._to_gate or self._to_rematch or self._learning:
             deadlines.append(0.0)
-        if self.has_changes:
-            deadlines.append(self._next_save_at)
+        if (save := self.changes.next_deadline()) is not None:
+            deadlines.append(save)
         return min(deadlines)
 
     def handle_timer(self, now: float) -> None:
@@ -438,7 +418,7 @@ class Firewall:
         for session in list(islice(self._to_rematch, GATE_SLICE)):
             del self._to_rematch[session]
             if self.table.live(session.id) is session:
-                self._rematch(session, now)
+                self.rematch(session, now)
         idle_since = now - ELEMENT_IDLE_S
         self.fast_path.withdraw(element for element in self.fast_path.sweep(now) if element.seen_at < idle_since)
         for session in self.table.forget_ended(now - self.settings.keep_ended_s):
@@ -465,8 +445,8 @@ class Firewall:
         if not self._events or self.fast_path.is_owed_counts:
             return None
         event = self._events.popleft()
-        if isinstance(event, SessionEnded) and event.session.id in self._to_log:
-            self._log_end(event.session)
+        if isinstance(event, SessionEnded) and event.session.id in self.traffic_log.owed:
+            self.log_end(event.session)
         return event
 
     # --- what the kernel does and says ----------------------------------------------------------------
@@ -515,305 +495,7 @@ class Firewall:
             else:
                 self._time_is_up(session, now)
 
-    # --- what outlives the daemon ---------------------------------------------------------------------
-
-    @property
-    def has_changes(self) -> bool:
-        """Whether a record has changed since `take_changes` was asked last."""
-        return bool(self._changed) or self.traffic_log.has_changes
-
-    def is_save_due(self, now: float) -> bool:
-        """Whether it is time to ask `take_changes`."""
-        return self.has_changes and now >= self._next_save_at
-
-    def take_changes(self, now: float, of: Iterable[Session] | None = None) -> dict[bytes, bytes | None]:
-        """The records that changed since this was asked last, by their keys; None: there is no such record any more.
-
-        Those of SAVE_SLICE sessions at most: if more have changed, they come with the next call. Or those of some
-        sessions only.
-        """
-        if of is None:
-            self._next_save_at = now + (SAVE_INTERVAL_S if len(self._changed) <= SAVE_SLICE else SAVE_PAUSE_S)
-            chosen = list(islice(self._changed, SAVE_SLICE))
-        else:
-            chosen = [session.id for session in of if session.id in self._changed]
-        rows: dict[bytes, bytes | None] = {}
-        fresh, gone = self.traffic_log.take_changes()
-        for entry in fresh:  # at once with the session that need not be logged any more
-            rows[records.log_key(entry.number)] = records.to_bytes(entry)
-            if entry.subtype is not Subtype.START and entry.session_id in self._to_log:
-                del self._to_log[entry.session_id]
-                chosen.append(entry.session_id)
-        rows.update((records.log_key(number), None) for number in gone)
-        for session_id in chosen:
-            self._changed.pop(session_id, None)
-            # An ended one may be readable no more, and still have to be told to somebody.
-            session = self.table.find(session_id) or self.flow_export.find(session_id) or self._to_log.get(session_id)
-            if session is not None:
-                self.fast_path.note_named(session)
-            rows[records.session_key(session_id)] = (
-                records.to_bytes(self._record(session, now)) if session is not None else None
-            )
-        for peers in self._changed_gates:
-            until = self.gate.open_until(*peers)
-            rows[records.gate_key(peers)] = records.to_bytes(records.GateRecord(*peers, until)) if until else None
-        self._changed_gates.clear()
-        rows[records.TOTALS_KEY] = records.to_bytes(self._totals())
-        if self.flow_export.is_changed:
-            self.flow_export.is_changed = False
-            rows[records.EXPORT_KEY] = records.to_bytes(self.flow_export.record())
-        return rows
-
-    def save_all(self, at: float) -> None:
-        """All records are to be written anew at that time, for some may not have been."""
-        for session in (*self.table, *self.table.ended, *self.flow_export.waiting):
-            self._note(session)
-        self.traffic_log.save_again()
-        self.flow_export.is_changed = True
-        self._next_save_at = at
-
-    def take_log(self) -> list[LogRecord]:
-        """Records that the traffic log is to write, in their order; `note_logged` says when it has."""
-        return self.traffic_log.take()
-
-    def left_to_log(self, now: float) -> list[LogRecord]:
-        """A record of each session that has none yet, as it is: for the log, should nobody go on with it."""
-        living = (session for session in self.table if session.rule.log_at_end) if self.keeps_log else ()
-        return self.traffic_log.left(chain(self._to_log.values(), living), now)
-
-    def note_logged(self, number: int) -> None:
-        """All records up to this one are written for good."""
-        self.counters.add("log_written", self.traffic_log.note_written(number, is_saved=self.keeps_records))
-
-    def credit_all(self) -> None:
-        """Count what the daemon answered from elements, instead of now and then."""
-        for element in self.fast_path:
-            self._credit(element)
-
-    def _record(self, session: Session, now: float) -> records.SessionRecord:
-        left_s = session.expires_at - self.ager.age(now)
-        is_to_be_logged = session.id in self._to_log
-        leaving = self.fast_path.leaving(session)
-        known = (self.directory.known(sa) for sa in session.sas) if session.ended_at is None else ()
-        rekeyed = [found.sa for found in known if found is not None and found.is_rekeyed]
-        is_half_open = self.limits.is_half_open(session)
-        return records.session_record(
-            session,
-            self._flows_of(session),
-            leaving,
-            rekeyed,
-            is_half_open,
-            left_s,
-            is_to_be_logged,
-            now,
-        )
-
-    def _totals(self) -> records.TotalsRecord:
-        values = dict(self.counters.values)
-        packets, octets = self.fast_path.kernel_packets, self.fast_path.kernel_bytes
-        for name, counted in _COUNTED_BY_KERNEL.items():
-            values[name] -= octets if counted == "bytes" else packets
-        return records.TotalsRecord(
-            values,
-            self.table.last_id,
-            self._queue_offset,
-            self.directory.answered_at,
-            self.traffic_log.last_number,
-            self.fast_path.unnamed_count,
-        )
-
-    def _handled(self, values: Mapping[str, int]) -> int:
-        """Packets that the kernel did not decide on by itself, as far as they were counted."""
-        lost = values["queue_kernel_drop"] + values["queue_socket_drop"]
-        return values["pkt_recv"] - values["pkt_fast_path"] + lost
-
-    def restore(
-        self,
-        rows: Mapping[bytes, bytes],
-        found: Iterable[Found],
-        undecided: int | None,
-        now: float,
-        first_log_number: int = 0,
-    ) -> list[Found]:
-        """Go on where a former daemon stopped: with its records, and what it left in the kernel.
-
-        To be called before the first packet. `undecided` is how many packets had reached the queue's rule since the
-        kernel has these elements, when the queue became this daemon's, if it tells. What nobody counted of them stands
-        in `pkt_unseen`. All sessions meet the rules anew. Where there are no records, those of the traffic log are
-        numbered from `first_log_number` on. Gives those elements that belong to no session: the kernel is to be rid of
-        them (`note_orphans_removed`). Raises RecordError for rows that are no records, and then nothing has changed.
-        """
-        kept = records.read(rows)
-        totals = kept.totals
-        if totals is not None:
-            self.directory.answered_at = totals.ike_answered_at
-            self._queue_offset = totals.queue_offset
-        elements = {element.key: element for element in found}
-        self.traffic_log.restore(kept.log, totals.last_log_number if totals is not None else first_log_number)
-        for gate in kept.gates:
-            self.gate.open(gate.low, gate.high, gate.open_until)
-        names = {rule.name: rule for rule in (CLOSED, *self.settings.policy.rules, self.settings.policy.default)}
-        for record in sorted(kept.sessions, key=lambda record: (record.ended_at or 0.0, record.id)):
-            self._restore_session(record, names, elements, now)
-        if totals is not None:
-            self.table.last_id = max(self.table.last_id, min(totals.last_session_id, MAX_ID))
-            for name, value in totals.counters.items():
-                if name in self.counters.values:
-                    self.counters.values[name] += value
-            values = self.counters.values
-            there = len(self.table) + values["session_ended"] + values["session_absorbed"]
-            self.counters.add(
-                "session_not_restored", max(0, values["session_allocated"] - there - values["session_not_restored"])
-            )
-        self.flow_export.restore(kept.export, now)
-        orphans = [element for element in elements.values() if not self._take_over_nameless(element, now)]
-        self._lingering = deque(sorted(self._lingering, key=lambda lingering: lingering[0]))
-        known = len(elements) - len(orphans)
-        if undecided is not None:
-            if totals is not None:
-                # Of an element that no record names, the first packet came by the queue, and was not counted then but
-                # for those that were there already.
-                before = totals.queue_offset + self._handled(totals.counters) + known
-                unseen = undecided - before + sum(element.reading[0] - 1 for element in orphans)
-                unseen += totals.unnamed_elements
-                self.counters.add("pkt_unseen", max(0, unseen))
-            self._queue_offset = undecided - self._handled(self.counters.values)
-        self.totals = Totals(self.settings.tunnel_totals, now)
-        for session in list(self.table):
-            self._note(session)
-            self._rematch(session, now)
-        return orphans
-
-    def note_orphans_removed(self, orphans: Iterable[Found], last: Mapping[ElementKey, Reading]) -> None:
-        """The kernel is rid of them: what they counted after they were found, nobody else did."""
-        for orphan in orphans:
-            self.counters.add("pkt_unseen", max(0, last.get(orphan.key, orphan.reading)[0] - orphan.reading[0]))
-
-    def _restore_session(
-        self, record: records.SessionRecord, names: Mapping[str, Rule], elements: dict[ElementKey, Found], now: float
-    ) -> None:
-        """One session, and those of the kernel's elements that its record names: they are taken out of `elements`."""
-        is_denied = record.state is State.DISCARD
-        rule = names.get(record.rule) or Rule(record.rule, Action.DENY if is_denied else Action.ALLOW)
-        session = records.session_of(record, rule)
-        try:
-            self.table.restore(session, records.keys_of(record, session))
-        except KeyInUse:  # a record that is older than another one: the other one is right
-            self._note(session)
-            return
-        if record.ended_at is None:
-            if record.is_limited:
-                self.limits.take_over(session, is_half_open=record.is_half_open)
-            self._arm(session, max(0.0, record.ends_at - now), now)
-            self._restore_place(session, record, now)
-        for named in sorted(record.elements, key=lambda named: named.packets, reverse=True):
-            use = session.flow(named.is_c2s).note_spi(named.spi, now)
-            there = elements.get(named.key)
-            if there is not None and there.reading[0] >= named.packets:
-                del elements[named.key]
-                self._take_over(there, use, named.packets, now)
-            else:  # it went with the former daemon: what it had counted when it was read last is all that is known
-                lost = Element(named.key, use, Verdict.ACCEPT, 0, 0, use.last_seen_at, Place.GONE)
-                self._count(lost, named.packets, named.octets, news=0)
-                self.counters.add("pkt_fast_path", named.packets)
-                self.counters.add("fast_path_lost")
-        if record.is_to_be_logged and session.ended_at is not None:
-            self._to_log[session.id] = session
-            self._log_end(session)
-
-    def _restore_place(self, session: Session, record: records.SessionRecord, now: float) -> None:
-        """Let a live session be found wherever else its like are found."""
-        is_in_transit = not session.is_terminated and session.application is not Application.IKE
-        if session.generations:
-            self._restore_tunnel(session, record, now)
-        elif session.is_terminated and not session.is_provisional and (session.c2s.uses or session.s2c.uses):
-            self._unclaimed.add(session)
-        is_of_spi = any(isinstance(key, FlowKey) and key.low_port for key in session.keys)
-        if is_in_transit and is_of_spi and session.application is Application.IPSEC_ESP:
-            self.spi_sessions.join(session)
-            if len(session.keys) > 1:
-                self.spi_sessions.pair(session)
-        if is_in_transit and self.settings.pass_through is PassThrough.IKE_GATED:
-            if record.is_gated:
-                self.gate.join(session)
-            else:
-                self._to_gate.append(session)
-
-    def _restore_tunnel(self, session: Session, record: records.SessionRecord, now: float) -> None:
-        before: KnownSa | None = None
-        for generation in record.generations:
-            sa = generation.sa
-            if generation.removed_at is None:
-                replaces = before if before is not None and before.is_rekeyed else None
-                before = self.directory.restore(sa, generation.installed_at, replaces, generation.is_rekeyed)
-                continue
-            self.directory.remember(sa, generation.end or SaEnd.VANISHED, generation.removed_at)
-            if sa.key_in in session.keys or sa.key_out in session.keys:
-                self._lingering.append((max(now, generation.removed_at + SA_LINGER_S), session, sa))
-        tunnel = session.generations[-1].sa.tunnel
-        if (session.sas or session.state is State.CLOSING) and self._tunnels.get(tunnel) is None:
-            self._tunnels.add(tunnel, session)
-
-    def _take_over(self, found: Found, use: SpiUse, known: int, now: float) -> Element:
-        """An element of a former daemon goes on in this one; `known` packets of it were counted before."""
-        element = self.fast_path.adopt(found, use, now)
-        element.seen_at = now if found.reading[0] > known else use.last_seen_at
-        self.fast_path.note_reading(element, found.reading)
-        use.unseen_count += found.reading[0]
-        self._count(element, *found.reading, news=found.reading[0] - known)
-        self.counters.add("pkt_fast_path", found.reading[0])
-        session = use.flow.session
-        is_otherwise = (found.verdict is Verdict.DROP) != (session.state is State.DISCARD)
-        if is_otherwise or not session.is_decided or session.rule.inspects_every_packet:
-            self.fast_path.withdraw((element,))
-        return element
-
-    def _take_over_nameless(self, found: Found, now: float) -> bool:
-        """The same for one that no record names, since the former daemon was killed; whether there is a session."""
-        indev, outdev, outer = found.key
-        hook = Hook.FORWARD if indev and outdev else Hook.INPUT if indev else Hook.OUTPUT
-        packet = packet_of(outer)
-        key = self._key(packet, hook, indev or outdev, outdev or indev)
-        flow = self.table.lookup(key)
-        if flow is None or packet.spi is None:
-            return False
-        flow = flow.session.flow_of(packet) if isinstance(key, FlowKey) else flow
-        self.fast_path.note_unnamed(self._take_over(found, flow.note_spi(packet.spi, now), 0, now))
-        self.counters.add("pkt_fast_path", -1)  # its first packet came by the queue
-        return True
-
-    def linked(self, session: Session) -> list[Session]:
-        """Other sessions of the same peers that are part of the same tunnel: ESP, and the IKE beside it.
-
-        Those that have ended are named as long as they are readable, the last LINKED_ENDED of them.
-        """
-        a, b = session.client.address, session.server.address
-        ids: list[int] = []
-        for sa in self.ike_sas(session):
-            ids += sa.session_ids
-            for port in {0, *sa.ports}:
-                kind = Kind.ESP_IN_UDP if port else Kind.ESP
-                for zones in {(session.client.zone, session.server.zone), (None, None)}:
-                    ports = sa.ports if sa.initiator == a else sa.ports[::-1]
-                    packet = Packet(kind, a, b, 0, None, None, *(ports if port else (0, 0)))
-                    if flow := self.table.lookup(flow_key(packet, *zones)):
-                        ids.append(flow.session.id)
-        ids += [other.id for other in self.spi_sessions.between(a, b)]
-        if session.application is Application.IKE:
-            ids += [tunnel.id for tunnel in self._tunnels.between(a, b)]
-        ended = (other.id for other in self.table.ended if ends_of(other) == ends_of(session))
-        ids += deque(ended, maxlen=LINKED_ENDED)
-        found = (self.table.find(number) for number in dict.fromkeys(ids))
-        return [other for other in found if other is not None and other is not session]
-
-    def ike_sas(self, session: Session) -> list[IkeSa]:
-        """The IKE_SAs seen on the wire that a session belongs to, or may belong to; the one used last first."""
-        seen = self.ike.ike_sas(session.client.address, session.server.address)
-        if session.application is Application.IKE:
-            return [sa for sa in seen if session.id in sa.session_ids]
-        if session.application is Application.IPSEC_ESP_UDP:
-            return of_tunnel(seen, (session.client.port, session.server.port))
-        return list(seen)
+    # --- what is asked of it --------------------------------------------------------------------------
 
     def findings(self, session: Session, now: float) -> list[Finding]:
         """What is wrong with a session of this host, or of the strangers between the same addresses, now."""
@@ -821,7 +503,7 @@ class Firewall:
             return []  # nobody tells what it should be, or it is over
         sessions = [session]
         if session.generations:
-            sessions += self._unclaimed.of(session.client.address, session.server.address)
+            sessions += self.strangers.of(session.client.address, session.server.address)
         for watched in sessions:
             self._look_at(watched, now)
         return [finding for watched in sessions for finding in self._health.found(watched)]
@@ -834,11 +516,6 @@ class Firewall:
         """How fast a flow is; None if that is not measured, or has been for too short a time."""
         return self.rates.of(flow, self.fast_path.round_s, now)
 
-    @property
-    def tunnels(self) -> Collection[Session]:
-        """The live sessions of tunnels that end here, one for each."""
-        return self._tunnels.sessions
-
     def known_findings(self, session: Session) -> list[Finding]:
         """What was wrong with a session of this host when it was last looked at: within seconds."""
         return self._health.found(session)
@@ -848,14 +525,9 @@ class Firewall:
         """How many sessions of this host have each trouble, as of the last look at each."""
         return self._health.counts
 
-    @property
-    def strangers(self) -> Iterable[Session]:
-        """Sessions of this host that no tunnel claimed: its IKE daemon owns none of their SPIs, or does no more."""
-        return self._unclaimed
-
     def tunnel_of(self, sa: ChildSa) -> Session | None:
         """The live session of the tunnel that this SA belongs to."""
-        return self._tunnels.get(sa.tunnel)
+        return self.tunnels.get(sa.tunnel)
 
     def retire(self, found: Iterable[Found], now: float) -> None:
         """The kernel decides nothing any more: count what is in its maps, which nobody will read again."""
@@ -868,10 +540,15 @@ class Firewall:
 
     # --- one verdict, one place to count ------------------------------------------------------------
 
+    def credit_all(self) -> None:
+        """Count what the daemon answered from elements, instead of now and then."""
+        for element in self.fast_path:
+            self._credit(element)
+
     def _credit(self, element: Element) -> None:
         """Count what the daemon answered from an element."""
         if element.own_packets:
-            self._count(element, element.own_packets, element.own_bytes)
+            self.count(element, element.own_packets, element.own_bytes)
             self._note(element.flow.session)
             element.own_packets = element.own_bytes = 0
 
@@ -888,10 +565,10 @@ class Firewall:
         self.fast_path.note_reading(element, reading)
         element.seen_at = now
         element.use.unseen_count += packets
-        self._count(element, packets, octets)
+        self.count(element, packets, octets)
         self.counters.add("pkt_fast_path", packets)
 
-    def _count(self, element: Element, packets: int, octets: int, news: int | None = None) -> None:
+    def count(self, element: Element, packets: int, octets: int, news: int | None = None) -> None:
         """Packets that were decided like one before them; `news` of them were never counted before, if not all."""
         use, flow = element.use, element.use.flow
         flow.packet_count += packets
@@ -964,16 +641,6 @@ class Firewall:
         self.counters.add("pkt_fragment")
         self._note(flow.session)
 
-    def _note(self, session: Session) -> None:
-        """The session's record is to be written anew."""
-        if self.keeps_records:
-            self._changed[session.id] = None
-
-    def _note_gate(self, peers: Peers) -> None:
-        """The same for a gate."""
-        if self.keeps_records:
-            self._changed_gates[peers] = None
-
     def _arm(self, session: Session, timeout_s: float, now: float) -> None:
         """Let the session's time be up after so many seconds of the ager's time."""
         self._note(session)
@@ -983,19 +650,34 @@ class Firewall:
         self.counters.add(counter)
         return Verdict.DROP
 
+    # --- the traffic log ------------------------------------------------------------------------------
+
+    def take_log(self) -> list[LogRecord]:
+        """Records that the traffic log is to write, in their order; `note_logged` says when it has."""
+        return self.traffic_log.take()
+
+    def left_to_log(self, now: float) -> list[LogRecord]:
+        """A record of each session that has none yet, as it is: for the log, should nobody go on with it."""
+        living = (session for session in self.table if session.rule.log_at_end) if self.keeps_log else ()
+        return self.traffic_log.left(chain(self.traffic_log.owed.values(), living), now)
+
+    def note_logged(self, number: int) -> None:
+        """All records up to this one are written for good."""
+        self.counters.add("log_written", self.traffic_log.note_written(number, is_saved=self.changes.is_on))
+
     def _log(self, session: Session, subtype: Subtype, at: float) -> None:
         """Leave a record of a session, as it is, in the traffic log."""
-        is_made = self.traffic_log.add(session, subtype, at, is_saved_first=self.keeps_records)
+        is_made = self.traffic_log.add(session, subtype, at, is_saved_first=self.changes.is_on)
         self.counters.add("log_record" if is_made else "log_lost")
-        if not is_made or not self.keeps_records:
-            self._to_log.pop(session.id, None)
+        if not is_made or not self.changes.is_on:
+            self.traffic_log.owed.pop(session.id, None)
             self._note(session)
 
     def _log_start(self, session: Session, now: float) -> None:
         if self.keeps_log and session.rule.log_at_start:
             self._log(session, Subtype.START, now)
 
-    def _log_end(self, session: Session) -> None:
+    def log_end(self, session: Session) -> None:
         """The last counts of a session that ended are in."""
         self._note(session)
         assert session.ended_at is not None
@@ -1003,7 +685,8 @@ class Firewall:
 
     # --- sessions that a packet opens ---------------------------------------------------------------
 
-    def _key(self, packet: Packet, hook: int, ingress: int, egress: int) -> Key:
+    def key_of(self, packet: Packet, hook: int, ingress: int, egress: int) -> Key:
+        """Under which key a packet that takes this way finds its session; interfaces by index."""
         if hook == Hook.FORWARD:
             src_zone, dst_zone = self._zone(ingress), self._zone(egress)
             if packet.kind is Kind.ESP and packet.spi and self.settings.transit_ports is TransitPorts.SPI:
@@ -1019,7 +702,7 @@ class Firewall:
         """A later fragment of ESP to or from this host names no SPI: it is its tunnel's, if only one can be meant."""
         if hook == Hook.FORWARD or packet.kind is not Kind.ESP or packet.spi is not None:
             return None
-        tunnels = self._tunnels.between(packet.src, packet.dst)
+        tunnels = self.tunnels.between(packet.src, packet.dst)
         if len(tunnels) != 1:
             return None
         (session,) = tunnels
@@ -1048,7 +731,7 @@ class Firewall:
         is_provisional = not isinstance(key, FlowKey)
         # What may be a tunnel's of this host, although it cannot be told yet or ever, is judged as such.
         is_fragment = packet.spi is None and packet.kind is Kind.ESP and not is_in_transit
-        is_maybe_tunnel = is_provisional or (is_fragment and bool(self._tunnels.between(packet.src, packet.dst)))
+        is_maybe_tunnel = is_provisional or (is_fragment and bool(self.tunnels.between(packet.src, packet.dst)))
         sport, dport = ports_of(packet, key)
         client, server = Flow(packet.src, self._zone(ingress), sport), Flow(packet.dst, self._zone(egress), dport)
         session = Session(
@@ -1093,7 +776,7 @@ class Firewall:
 
     def is_acquainted(self, a: bytes, b: bytes) -> bool:
         """Whether these two have answered each other before, as far as anybody remembers, or have a tunnel here."""
-        if self.limits.has_answered(a, b) or self._tunnels.between(a, b):
+        if self.limits.has_answered(a, b) or self.tunnels.between(a, b):
             return True
         record = self.ike.record(a, b)
         return record is not None and any(sa.completed_at is not None for sa in record.ike_sas.values())
@@ -1129,6 +812,10 @@ class Firewall:
         if not self.gate.join(session).is_open(now):
             session.rule = CLOSED
             self.counters.add("flow_ike_gate_closed")
+
+    def open_gate_soon(self, session: Session) -> None:
+        """Let a session in transit open the gate of its peers once, as an exchange would."""
+        self._to_gate.append(session)
 
     def _follow_gate(self, session: Session, now: float) -> None:
         """Do with a session as its gate says now, if that is not what was done before."""
@@ -1218,23 +905,23 @@ class Firewall:
         session.rule = self._rule(session.client, session.server, session.application)
         if self.settings.unknown_spi is UnknownSpi.DISCARD or session.rule.action is Action.DENY:
             self.counters.add("flow_policy_deny")
-            self._unclaimed.add(session)
+            self.strangers.add(session)
             self._discard(session, now)
             self._log_start(session, now)
             return
-        flows = self._flows_of(session)
+        flows = self.table.flows_of(session)
         pair = self._pair_key(session)
         taken = self.table.lookup(pair)
         if taken is None:
             self.table.index(session, {pair: session.c2s})
-            self._unclaimed.add(session)
+            self.strangers.add(session)
             self._keep_alive(session, now)
             self._log_start(session, now)
             return
         generic = taken.session
         turned = generic.client.address != session.client.address
         self._absorb(session, generic, turned)
-        self._unclaimed.add(generic)
+        self.strangers.add(generic)
         own = {key: generic.flow((flow is session.c2s) != turned) for key, flow in flows.items()}
         self.table.index(generic, own)
         self._note(generic)
@@ -1248,11 +935,6 @@ class Firewall:
         ports = (0, 0) if session.application is Application.IPSEC_ESP else (session.client.port, session.server.port)
         return flow_key(Packet(kind, session.client.address, session.server.address, 0, None, None, *ports), None, None)
 
-    def _flows_of(self, session: Session) -> dict[Key, Flow]:
-        """The keys of a session, each with the flow that it leads to."""
-        flows = {key: self.table.lookup(key) for key in session.keys}
-        return {key: flow for key, flow in flows.items() if flow is not None}
-
     # --- sessions that the IKE daemon announces -------------------------------------------------------
 
     def _add_sa(self, sa: ChildSa, now: float, *, is_news: bool = False) -> None:
@@ -1262,7 +944,7 @@ class Firewall:
             return
         is_whole = is_news and known.installed_at >= self.started_at and now - known.installed_at <= SA_LINGER_S
         generation = Generation(sa, known.installed_at, is_whole)
-        session = self._tunnels.get(sa.tunnel)
+        session = self.tunnels.get(sa.tunnel)
         is_new = session is None
         if session is None:
             session = self._predict(generation, now)
@@ -1274,7 +956,7 @@ class Firewall:
 
     def _update_sa(self, old: ChildSa, new: ChildSa, now: float) -> None:
         """A CHILD_SA lives on, but is not what it was: its peer has moved, or its IKE_SA is another one."""
-        session = self._tunnels.get(old.tunnel)
+        session = self.tunnels.get(old.tunnel)
         generation = session.generation(old) if session and old.tunnel == new.tunnel else None
         if session is None or generation is None:
             self._remove_sa(old, SaEnd.VANISHED, now)
@@ -1286,7 +968,7 @@ class Firewall:
             generation.moves += 1
             self.counters.add("sa_moved")
             self._relocate(session, old, new)
-            self._lingering.append((now + SA_LINGER_S, session, old))
+            self.linger(session, old, now + SA_LINGER_S)
             self._claim(session, new, False, now)
         session.ports_of_sa()
 
@@ -1294,7 +976,7 @@ class Firewall:
         """The tunnel runs between other addresses now: its session goes along, and meets the rules anew."""
         if (old.local, old.remote) == (new.local, new.remote):
             return
-        self._tunnels.move(session, new.local, new.remote)
+        self.tunnels.move(session, new.local, new.remote)
         name, zone = self._interface_of(new.local)
         session.ingress = session.egress = name
         session.client.zone = session.server.zone = zone
@@ -1325,12 +1007,12 @@ class Firewall:
             if not other.is_provisional:
                 self._unindex(other, {key})
             elif self.table.live(other.id) is other:  # it may have had both keys
-                is_c2s = self._flows_of(other)[key] is other.c2s
+                is_c2s = self.table.flows_of(other)[key] is other.c2s
                 self._absorb(other, session, turned=is_c2s != (flows[key] is session.c2s))
         if is_new:
             session.id = session.id or self.table.allocate_id()
             self._take_in(session, flows)
-            self._tunnels.add(sa.tunnel, session)
+            self.tunnels.add(sa.tunnel, session)
             self.counters.add("session_predicted")
             self._arm(session, session.timeout_s, now)
         else:
@@ -1423,14 +1105,14 @@ class Firewall:
 
     def _remove_sa(self, sa: ChildSa, end: SaEnd, now: float) -> None:
         """A CHILD_SA is gone. Its SPIs linger; with the last one the tunnel goes down."""
-        session = self._tunnels.get(sa.tunnel)
+        session = self.tunnels.get(sa.tunnel)
         generation = session.generation(sa) if session else None
         if session is None or generation is None:
             return  # one that never got a session
         generation.removed_at, generation.end = now, end
         self._note(session)
         self.fast_path.withdraw(e for e in session.elements if e.spi_key in (sa.key_in, sa.key_out))
-        self._lingering.append((now + SA_LINGER_S, session, sa))
+        self.linger(session, sa, now + SA_LINGER_S)
         if session.sas:
             session.ports_of_sa()
         elif session.state in (State.OPENING, State.ACTIVE):
@@ -1439,7 +1121,11 @@ class Firewall:
             session.refresh_s = 0
             self._arm(session, SA_LINGER_S, now)
         else:
-            self._tunnels.remove(sa.tunnel)
+            self.tunnels.remove(sa.tunnel)
+
+    def linger(self, session: Session, sa: ChildSa, until: float) -> None:
+        """Until then, SPIs of an SA that is gone are still its tunnel's; no earlier than what lingers already."""
+        self._lingering.append((until, session, sa))
 
     # --- control against data -----------------------------------------------------------------------
 
@@ -1447,7 +1133,7 @@ class Firewall:
         """Look at the next sessions of this host, and tell of troubles that come and go."""
         self._next_watch_at = now + WATCH_INTERVAL_S
         if not self._to_watch:
-            self._to_watch.extend((*self._tunnels, *self._unclaimed))
+            self._to_watch.extend((*self.tunnels, *self.strangers))
         for _ in range(min(WATCH_SLICE, len(self._to_watch))):
             session = self._to_watch.popleft()
             if self.table.live(session.id) is session:
@@ -1512,13 +1198,13 @@ class Firewall:
             self._note(forgotten)
         self._note(session)
         if self.keeps_log and session.rule.log_at_end:
-            self._to_log[session.id] = session
+            self.traffic_log.owed[session.id] = session
         self.flow_export.end(session, now)
         self.limits.leave(session)
         self.gate.leave(session)
         self.spi_sessions.leave(session)
         if session.is_terminated:
-            self._unclaimed.discard(session)
+            self.strangers.discard(session)
         self._health.forget(session)
         if session.generations:
             self.totals.look(session, now)
@@ -1526,8 +1212,8 @@ class Firewall:
         if session.end_reason in _END_COUNTERS:
             self.counters.add(_END_COUNTERS[session.end_reason])
         self._events.append(SessionEnded(session))
-        if session.sa and self._tunnels.get(session.sa.tunnel) is session:
-            self._tunnels.remove(session.sa.tunnel)
+        if session.sa and self.tunnels.get(session.sa.tunnel) is session:
+            self.tunnels.remove(session.sa.tunnel)
             for sa in session.sas:  # the tunnel is still up: it waits for its next packet
                 self._add_sa(sa, now)
 
@@ -1543,7 +1229,7 @@ class Firewall:
     def _rule(self, client: Flow, server: Flow, application: Application) -> Rule:
         return self.settings.policy.lookup(client.zone, server.zone, client.address, server.address, application)
 
-    def _rematch(self, session: Session, now: float) -> None:
+    def rematch(self, session: Session, now: float) -> None:
         """Let a session meet the rules, zones and timeouts as they are now (PAN-OS: rematch)."""
         self._rezone(session)
         if self.settings.pass_through is PassThrough.ALWAYS and session.gate is not None:
@@ -1576,13 +1262,13 @@ class Firewall:
         """What may be a tunnel's of this host, although it cannot be told yet or ever, is judged as such."""
         is_fragments = session.application is Application.IPSEC_ESP and not (session.c2s.uses or session.s2c.uses)
         ends = (session.client.address, session.server.address)
-        if session.is_provisional or (session.is_terminated and is_fragments and self._tunnels.between(*ends)):
+        if session.is_provisional or (session.is_terminated and is_fragments and self.tunnels.between(*ends)):
             return Application.IPSEC_UDP
         return session.application
 
     def _is_unwanted_stranger(self, session: Session) -> bool:
         """Whether it was discarded because no tunnel claimed it, whatever the rules say."""
-        return session in self._unclaimed and self.settings.unknown_spi is UnknownSpi.DISCARD
+        return session in self.strangers and self.settings.unknown_spi is UnknownSpi.DISCARD
 
     def _rezone(self, session: Session) -> None:
         """Follow its interfaces into the zones that they lie in now."""
@@ -1605,7 +1291,7 @@ class Firewall:
         }
         if not keys:
             return
-        flows = self._flows_of(session)
+        flows = self.table.flows_of(session)
         self._unindex(session, keys)
         with contextlib.suppress(KeyInUse):  # of two sessions that are one now, this one is found no more, and ages out
             self.table.index(session, {keys[key]: flow for key, flow in flows.items() if key in keys})

@@ -471,11 +471,6 @@ class Session:
         """Whether every packet of it meets the same verdict until something changes."""
         return not self.is_provisional and self.state in (State.ACTIVE, State.DISCARD)
 
-    @property
-    def gated_until(self) -> float | None:
-        """When its IKE gate closes; None if it has none."""
-        return self.gate.open_until if self.gate else None
-
     def flow(self, is_c2s: bool) -> Flow:
         """The flow of that direction."""
         return self.c2s if is_c2s else self.s2c

@@ -75,9 +75,19 @@ class SessionTable:
         return iter(self._ended.values())
 
     @property
+    def ended_last(self) -> Iterator[Session]:
+        """The same, the newest end first."""
+        return reversed(self._ended.values())
+
+    @property
     def ended_count(self) -> int:
         """How many these are."""
         return len(self._ended)
+
+    def flows_of(self, session: Session) -> dict[Key, Flow]:
+        """The keys of a session, each with the flow that it leads to."""
+        flows = {key: self.lookup(key) for key in session.keys}
+        return {key: flow for key, flow in flows.items() if flow is not None}
 
     def allocate_id(self) -> int:
         """The next session id: from 1 upwards, never one that is still readable."""

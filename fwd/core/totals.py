@@ -1,6 +1,6 @@
 """What was carried since fwd began, by zones and by tunnel: totals that outlive the sessions in which it was counted.
 
-They are fed where packets are counted, `Firewall._account` and `Firewall._count`, so at every instant the sum of all
+They are fed where packets are counted, `Firewall._account` and `Firewall.count`, so at every instant the sum of all
 zones is what `pkt_session` grew by. Zones are a session's as they were when a packet was counted. A firewall that goes
 on where another one stopped begins its totals anew.
 """

@@ -115,6 +115,8 @@ class TrafficLog:
 
     def __init__(self) -> None:
         self.last_number = 0
+        #: Sessions that ended and have not left their record, by id.
+        self.owed: dict[int, Session] = {}
         self._unsaved: deque[LogRecord] = deque()
         self._saved: deque[LogRecord] = deque()
         self._handed_out: deque[LogRecord] = deque()

@@ -22,11 +22,6 @@ class Tunnels:
     def __iter__(self) -> Iterator[Session]:
         return iter(self._sessions.values())
 
-    @property
-    def sessions(self) -> Collection[Session]:
-        """All of them."""
-        return self._sessions.values()
-
     def get(self, key: TunnelKey) -> Session | None:
         """The session of a tunnel, if it has one."""
         return self._sessions.get(key)

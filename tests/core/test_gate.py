@@ -207,12 +207,12 @@ class TestRestart:
 
 def test_who_keeps_no_records_remembers_no_changes():
     bench = Bench(**GATED)
-    bench.firewall.keeps_records = False
+    bench.firewall.changes.is_on = False
     bench.check = lambda: None
-    bench.firewall.take_changes(bench.now)
+    bench.succession.take_changes(bench.now)
     negotiate(bench)
     assert is_open(bench)
-    assert not bench.firewall.has_changes and not bench.firewall._changed_gates
+    assert not bench.firewall.changes and not bench.firewall.changes.take_gates()
 
 
 class TestBoundedWork:

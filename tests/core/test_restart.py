@@ -16,6 +16,7 @@ from fwd.core.sa import SaDeleted, SaEnd, SaEstablished, SaRekeyed, SaSnapshot
 from fwd.core.session import Application, SessionType
 from fwd.core.settings import PassThrough, TransitPorts, UnknownSpi
 from fwd.core.state import EndReason, State
+from fwd.core.succession import Succession
 from tests.builders import (
     ALLOW_ALL,
     DENY_ALL,
@@ -180,7 +181,7 @@ def test_an_element_that_is_gone_has_left_what_was_read(bench):
     for seq in range(1, 11):
         bench.forward(esp(LEFT, RIGHT, 7, seq))
     assert bench.session.packet_count == 10
-    bench.firewall.take_changes(bench.now, [bench.session])
+    bench.succession.take_changes(bench.now, [bench.session])
     bench.firewall._note(bench.session)
     bench.save()
     bench.kernel.elements.clear()
@@ -443,7 +444,7 @@ def test_the_gate_of_a_session_keeps_its_say(bench, change):
 
 def fresh():
     firewall = Firewall(settings(flow_active_timeout_s=1), 1000.0)
-    firewall.keeps_records = True
+    firewall.changes.is_on = True
     return firewall
 
 
@@ -473,7 +474,7 @@ def test_a_damaged_record_is_told_and_changes_nothing_or_is_a_record(key, damage
         damage = bytes(octets)
     firewall = fresh()
     try:
-        firewall.restore({**SAVED, key: damage}, [], None, 1000.0)
+        Succession(firewall).restore({**SAVED, key: damage}, [], None, 1000.0)
     except records.RecordError:
         assert not len(firewall.table) and firewall.counters.values == fresh().counters.values
     firewall.handle_timer(1001.0)
@@ -483,7 +484,7 @@ def test_a_damaged_record_is_told_and_changes_nothing_or_is_a_record(key, damage
 @pytest.mark.parametrize("key", [b"", b"session", b"session \x00", b"gate ", b"other"])
 def test_a_record_that_nobody_knows_is_told(key):
     with pytest.raises(records.RecordError):
-        fresh().restore({**SAVED, key: b"\x00"}, [], None, 1000.0)
+        Succession(fresh()).restore({**SAVED, key: b"\x00"}, [], None, 1000.0)
 
 
 # --- a walk -----------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class LoggedBench(Bench):
                     self.save_once(leaving)
 
     def save_once(self, sessions=None) -> None:
-        for key, row in self.firewall.take_changes(self.now, sessions).items():
+        for key, row in self.succession.take_changes(self.now, sessions).items():
             if row is None:
                 self.saved.pop(key, None)
             else:
@@ -218,7 +218,7 @@ def test_no_more_are_under_way_than_may_be():
 
 def test_numbers_go_on_where_the_state_was_lost():
     bench = LoggedBench()
-    bench.firewall.restore({}, [], None, bench.now, first_log_number=1000)
+    bench.succession.restore({}, [], None, bench.now, first_log_number=1000)
     bench.receive(ike(PEER, HERE))
     bench.clear(bench.session)
     assert [entry.number for entry in bench.log()] == [1001]
