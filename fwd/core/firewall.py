@@ -992,9 +992,8 @@ class Firewall:
         holders = self._holders(flows, session)
         if any(other.sas for other in holders.values()):
             self.counters.add("sa_spi_conflict")
-            session.generations = tuple(generation for generation in session.generations if generation.sa != sa)
             if not is_new:
-                self._note(session)
+                self._refuse_sa(session, sa, now)
             return
         provisional = list(dict.fromkeys(other for other in holders.values() if other.is_provisional))
         has_place = len(self.table) - len(provisional) < self.table.capacity
@@ -1033,6 +1032,16 @@ class Firewall:
             self.counters.add("flow_policy_deny")
             self._discard(session, now)
         session.ports_of_sa()
+
+    def _refuse_sa(self, session: Session, sa: ChildSa, now: float) -> None:
+        """Another tunnel has an SPI of a CHILD_SA: it gets no place in its own, which ends if there was no other SA."""
+        refused = session.generation(sa)
+        if session.generations == (refused,):
+            self.tunnels.remove(sa.tunnel)
+            self._end(session, EndReason.TUNNEL_DOWN, now)
+            return
+        session.generations = tuple(generation for generation in session.generations if generation is not refused)
+        self._note(session)
 
     def _predict(self, generation: Generation, now: float) -> Session:
         """The session of a tunnel that has just come up, not in the table yet.

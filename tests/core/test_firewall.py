@@ -540,6 +540,32 @@ class TestBounds:
         assert bench.session.sas == (SA,) and bench.count("sa_spi_conflict") == 1
         assert bench.receive(esp(PEER, HERE, SA.spi_in))
 
+    def test_a_tunnel_whose_peer_moves_to_where_another_has_its_spi_ends_and_comes_back_with_another(self, bench):
+        other = child_sa(0x1002, SA.spi_out, reqid=2, uniqueid=2, remote=packed("192.0.2.9"))
+        bench.sas(SaSnapshot((SA, other)))
+        bench.sas(SaSnapshot((SA, replace(other, remote=SA.remote))))
+        assert bench.session.sas == (SA,) and list(bench.firewall.tunnels) == [bench.session]
+        (ended,) = bench.firewall.table.ended
+        assert ended.end_reason is EndReason.TUNNEL_DOWN and ended.sa.tunnel == other.tunnel
+        renewed = child_sa(0x1003, 0x2003, reqid=2, uniqueid=3)
+        bench.sas(SaSnapshot((SA, renewed)))
+        assert [session.sas for session in bench.sessions] == [(SA,), (renewed,)]
+        assert bench.receive(esp(PEER, HERE, renewed.spi_in)) and bench.sessions[1].packet_count == 1
+        bench.clear(*bench.sessions)  # both are up: each gets another session
+        bench.wait(bench.firewall.settings.keep_ended_s + 2)
+        assert [session.sas for session in bench.firewall.table.tunnels_after(0)] == [(SA,), (renewed,)]
+
+    def test_an_sa_that_comes_back_when_another_tunnel_has_its_spi_leaves_its_tunnel_as_it_was(self, bench):
+        bench.sas(SaEstablished(SA))
+        bench.sas(SaDeleted(SA))
+        thief = child_sa(SA.spi_in, 0x9999, reqid=2)
+        bench.sas(SaEstablished(thief))
+        bench.sas(SaEstablished(SA))
+        gone, there = bench.sessions
+        assert (len(gone.generations), gone.sas, there.sas) == (1, (), (thief,))
+        bench.wait(SA_LINGER_S + 1)
+        assert list(bench.firewall.tunnels) == [bench.session] and bench.session is there
+
 
 class TestStaleness:
     def test_the_last_known_sas_stay_in_use_and_show_their_age(self, bench):
