@@ -41,6 +41,8 @@ ANSWER_S = 5.0
 _POLL_S = 0.2
 _PROBE_S = 5.0
 _RECONCILE_S = 30.0
+#: In any case not before so many times as long as it took: charon handles no IKE while it lists its SAs.
+_LISTING_REST = 10.0
 #: All SAs are read so soon after a rekey: charon does not tell when the old SA goes. It keeps the inbound half for five
 #: seconds (delete_rekeyed_delay in strongswan.conf(5)), for packets that are late.
 _AFTER_REKEY_S = 6.0
@@ -53,7 +55,7 @@ _BACKOFF_S = (0.2, 0.4)
 
 #: What the registrations, and then all SAs together, may take, in seconds and bytes (some 200,000 SAs' worth): a charon
 #: that never comes to an end is as good as none.
-_LONG_ANSWER_S = 30.0
+_LONG_ANSWER_S = 120.0
 _LONG_ANSWER_BYTES = 256 << 20
 _CHUNK_BYTES = 64 << 10
 #: How often fwd looks whether the socket is still the one that it connected to.
@@ -227,6 +229,7 @@ def _address(section: Mapping[str, Any], key: str) -> bytes:
 class _BoundedTransport(Transport):  # type: ignore[misc]  # vici has no types
     """A connection on which no message takes longer than ANSWER_S, nor more than the protocol's 512 KiB.
 
+    But for lists of SAs, each of which charon asks the kernel for: as long as it answers others meanwhile, it lives.
     The package's own waits for ever once the first byte has come, reads lists without end, and passes over what is no
     event where it listens for events.
     """
@@ -240,6 +243,7 @@ class _BoundedTransport(Transport):  # type: ignore[misc]  # vici has no types
             connection.close()
             raise
         super().__init__(connection)
+        self._path, self._is_listing = path, False
         #: What went wrong first; later errors only follow from it.
         self.failure = ""
         self._received, self._taken = b"", 0
@@ -273,6 +277,9 @@ class _BoundedTransport(Transport):  # type: ignore[misc]  # vici has no types
             except TimeoutError:
                 if not is_begun and timeout is not RECV_TIMEOUT_DEFAULT:
                     raise
+                if self._is_listing and time.monotonic() < self._ends_at and _lives(self._path):
+                    deadline = time.monotonic() + ANSWER_S
+                    continue
                 raise self._fail(f"charon did not answer within {ANSWER_S:g} s") from None
             except OSError as error:
                 raise self._fail(str(error)) from None
@@ -298,6 +305,7 @@ class _BoundedTransport(Transport):  # type: ignore[misc]  # vici has no types
         thousands of SAs.
         """
         self.bound(True)
+        self._is_listing = True
         for request, wanted in (
             (Packet.register_event("list-sa"), Packet.EVENT_CONFIRM),
             (Packet.request("list-sas"), Packet.CMD_RESPONSE),
@@ -308,6 +316,7 @@ class _BoundedTransport(Transport):  # type: ignore[misc]  # vici has no types
                 yield decode(answer[2 + answer[1] :])
             if answer[:1] != bytes([wanted]):
                 raise self._fail(f"charon answered a request for all SAs with {answer[:40]!r}")
+        self._is_listing = False
         self.bound(False)
 
     def close(self) -> None:
@@ -351,6 +360,15 @@ def charon_version(path: str) -> tuple[str, str]:
         except Exception as error:  # whatever it sent
             raise ConnectionError(transport.failure or error) from error
         return _text(answer, "daemon"), _text(answer, "version")
+
+
+def _lives(path: str) -> bool:
+    """Whether charon answers anything."""
+    try:
+        charon_version(path)
+    except (ConnectionError, ViciAnswerError):
+        return False
+    return True
 
 
 class ViciListener:
@@ -449,18 +467,19 @@ class ViciListener:
     def _hear(
         self, events: Iterator[tuple[Any, Any]], listening: _BoundedTransport, asking: _BoundedTransport
     ) -> Iterator[None]:
-        probe_at = snapshot_at = look_at = 0.0
+        probe_at = snapshot_at = rests_until = look_at = 0.0
         for name, message in events:
             if self._stopping.is_set():
                 return
             listening.bound(False)
             now = time.monotonic()
-            if now >= snapshot_at:
+            if now >= max(snapshot_at, rests_until):
                 snapshot, again_s = self._snapshot(asking)
                 self._deliver(snapshot)
                 self._lost_reason = ""
-                now = time.monotonic()
+                begun, now = now, time.monotonic()
                 probe_at, snapshot_at = now + _PROBE_S, now + again_s
+                rests_until = now + _LISTING_REST * (now - begun)
                 yield
             elif now >= probe_at:
                 asking.session().version()

@@ -24,7 +24,20 @@ from fwd.edge.vici import ViciListener
 from lab.lab import default_config, wait_for
 from tests.builders import HERE, PEER, Bench, child_sa, esp
 from tests.torture.conftest import in_full
-from tests.torture.fake_charon import ANSWER, CONFIRM, EVENT, FakeCharon, child, down, encoded, ike_sa, packet, sas, up
+from tests.torture.fake_charon import (
+    ANSWER,
+    COMMAND,
+    CONFIRM,
+    EVENT,
+    FakeCharon,
+    child,
+    down,
+    encoded,
+    ike_sa,
+    packet,
+    sas,
+    up,
+)
 from tests.torture.fake_charon import rekey as rekeyed
 from tests.torture.prober import Prober, prefer
 from tests.waiting import until
@@ -218,6 +231,31 @@ def test_an_ike_sa_too_large_for_a_message_of_charons_is_missed_and_said(
     told = len(listener.events)
     until(lambda: len(listener.events) > told + 1)
     assert caplog.text.count("charon has 3 IKE_SAs and tells of 2") == 1
+    charon.close()
+
+
+def test_a_charon_that_lists_slowly_is_not_hung_and_is_asked_less_often(tmp_path, listener, monkeypatch):
+    """It handles no IKE meanwhile: to ask again at once would keep its tunnels from coming up."""
+    monkeypatch.setattr(vici, "_LONG_ANSWER_S", 10)
+    monkeypatch.setattr(vici, "_RECONCILE_S", 0.1)
+    monkeypatch.setattr(vici, "_LISTING_REST", 3)
+    charon = FakeCharon(tmp_path / "vici", sas(2))
+    listed = []
+
+    def slow(connection, body):
+        if body[0] == COMMAND and b"list-sas" in body:
+            begun = time.monotonic()
+            time.sleep(3 * vici.ANSWER_S)
+            listed.append((begun, time.monotonic()))
+        return False
+
+    charon.answer = slow
+    listener.start()
+    until(lambda: len(listed) == 2, 20)
+    assert not any(isinstance(event, SaSourceLost) for event in listener.events)
+    assert len(listener.events[0].sas) == 2
+    (begun, over), (again, _) = listed
+    assert again - over > 2.9 * (over - begun)
     charon.close()
 
 
