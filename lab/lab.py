@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from fwd.rpc import DEFAULT_SOCKET
+
 from . import ping
 from .capture import Capture
 from .sandbox import PATIENCE, LabError, Process, Sandbox, enter, outside_path
@@ -83,7 +85,9 @@ class Fwd:
                 [str(PROGRAMS / "fwd"), "--config", self._config_path], stdout=log, stderr=log, env=environment
             )
         deadline = time.monotonic() + _START_S
-        while self.fwctl("show", "system", "info", check=False).returncode:
+        # The socket comes last; asked before, fwctl would take the time that fwd needs to start.
+        socket = host.path(DEFAULT_SOCKET)
+        while not socket.exists() or self.fwctl("show", "system", "info", check=False).returncode:
             if not self.process.is_running() or time.monotonic() > deadline:
                 self.process.end()
                 raise LabError(f"fwd did not start:\n{self.log[-3000:]}")

@@ -52,4 +52,4 @@ def service(site: Site) -> Iterator[Site]:
     since = sh("date +%s.%N").strip()
     yield site
     Path("/etc/fwd/fwd.toml").write_text(CONFIG)
-    print(sh(f"journalctl -u fwd --no-pager --since=@{since} | tail -60"))
+    print(sh(f"journalctl -u fwd --no-pager --since=@{since} -n 60"))
