@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import struct
 import subprocess
+import time
 from dataclasses import dataclass
 from ipaddress import ip_address
 from types import TracebackType
 
-from .sandbox import LabError, Process, enter, outside_path
+from .sandbox import PATIENCE, LabError, Process, enter, outside_path
 
 _PCAP_HEADER = struct.Struct("<IHHiIII")
 _RECORD = struct.Struct("<IIII")
 _ETHERNET = 14
+
+#: What tcpdump prints when it gets SIGUSR1.
+_FIGURES = re.compile(r"(\d+) packets? captured, (\d+) packets? received by filter, (\d+) packets? dropped by kernel")
+_CATCH_UP_S = 30.0 * PATIENCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +68,26 @@ class Capture:
         """Stop and read what was captured."""
         if not self._process.is_running():
             return
+        self._catch_up()
         self._process.send(signal.SIGINT)
-        _, self.summary = self._process.popen.communicate(timeout=10)
+        _, self.summary = self._process.popen.communicate(timeout=_CATCH_UP_S)
         self.packets = read_pcap(self._path.read_bytes())
+
+    def _catch_up(self) -> None:
+        """Until tcpdump has read all that the kernel has for it: what it has not when it stops is lost."""
+        assert self._process.popen.stderr is not None
+        deadline = time.monotonic() + _CATCH_UP_S
+        while time.monotonic() < deadline:
+            self._process.send(signal.SIGUSR1)
+            line = self._process.popen.stderr.readline()
+            figures = _FIGURES.search(line)
+            if figures is None:
+                raise LabError(f"tcpdump does not say how far it is: {line.strip()}")
+            captured, received, dropped = map(int, figures.groups())
+            if captured + dropped >= received:
+                return
+            time.sleep(0.01)
+        raise LabError(f"tcpdump does not keep up: {line.strip()}")
 
     def printed(self) -> list[str]:
         """The packets as tcpdump prints them, a line each."""

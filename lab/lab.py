@@ -16,13 +16,13 @@ from typing import Any, Self
 from . import ping
 from .capture import Capture
 from .sandbox import PATIENCE, LabError, Process, Sandbox, enter, outside_path
-from .strongswan import Charon, strongswan_root
+from .strongswan import Charon, ChildSa, strongswan_root
 from .topology import FOLDER, Topology, Tunnel, load
 
 #: Where fwd and fwctl are: FWD_LAB_PROGRAMS, or the same installation as the Python that runs the lab.
 PROGRAMS = Path(os.environ.get("FWD_LAB_PROGRAMS") or Path(sys.executable).parent)
 
-_START_S = 20.0 * PATIENCE
+_START_S = 40.0 * PATIENCE
 
 
 class Host:
@@ -199,6 +199,21 @@ class Lab:
             if not names or tunnel.name in names:
                 self.charon(tunnel.initiator).initiate(tunnel.name)
 
+    def rekey(self, name: str, host: str) -> ChildSa:
+        """Rekey a tunnel's CHILD_SA from one end, until both send with the new one; gives it as that end has it.
+
+        The other end goes on with the old one until it hears that it is deleted.
+        """
+        new = self.charon(host).rekey(name)
+
+        def is_over() -> bool:
+            used = [self.charon(end).in_use(name) for end in self.tunnel(name).ends]
+            spis = [[{sa.spi_in, sa.spi_out} for sa in sas] for sas in used]
+            return spis == [[{new.spi_in, new.spi_out}]] * 2
+
+        wait_for(is_over, f"both ends of {name} send with the new SA")
+        return new
+
     def ping(self, name: str, count: int = 3, interval_s: float = 0.02, size: int = 56) -> int:
         """Ping through a tunnel, from the initiator's inner address to the other; gives how many answers came."""
         tunnel = self.tunnel(name)
@@ -251,9 +266,8 @@ class Lab:
                     f"{on} nft 'add chain ip nat post {{ type nat hook postrouting priority srcnat ; }}'",
                     f"{on} nft 'add rule ip nat post oifname {plan.masquerade} masquerade'",
                 ]
-        done = subprocess.run(
-            [*enter(first_pid), "sh", "-ec", "\n".join(script)], capture_output=True, text=True, timeout=60, check=False
-        )
+        command = [*enter(first_pid), "sh", "-ec", "\n".join(script)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60 * PATIENCE, check=False)
         if done.returncode:
             raise LabError(f"cannot build topology {self.topology.name}: {done.stderr.strip()}")
         for plan in self.topology.hosts:

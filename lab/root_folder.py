@@ -25,6 +25,8 @@ def root_folder(name: str, packages: str, say: Callable[[str], None] = lambda _:
     """The root folder of that name, with these packages of a release; makes it if there is none. Raises LabError."""
     folder = cache_folder()
     root = folder / name
+    if root.exists():  # it got its name when it was whole; while another one is made, nobody waits for this one
+        return root
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two labs that start at once make it once

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ while : ; do sleep 3600 & wait $! ; done
 """
 #: How many times as long as usual things may take, from FWD_LAB_PATIENCE: more than 1 on an emulated machine.
 PATIENCE = float(os.environ.get("FWD_LAB_PATIENCE", "1"))
+
+#: For a killed process to be gone, with all its namespaces.
+_END_S = 60.0 * PATIENCE
 
 _UNSHARE = ("unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "--mount", "--net", "--uts")
 
@@ -101,10 +105,11 @@ class Process:
     @property
     def pid(self) -> int:
         """Raises LabError if it has ended."""
-        found = children(self.popen.pid) if self.popen.poll() is None else []
-        if not found:
-            raise LabError(f"process {self.popen.pid} has ended")
-        return found[0]
+        while self.popen.poll() is None:
+            if found := children(self.popen.pid):
+                return found[0]
+            time.sleep(0.005)  # the one around it has yet to start it
+        raise LabError(f"process {self.popen.pid} has ended")
 
     def send(self, number: signal.Signals) -> None:
         """Send it a signal. Raises LabError if it has ended."""
@@ -128,7 +133,7 @@ class Process:
                 self.popen.send_signal(signal.SIGCONT)
             except (LabError, ProcessLookupError):
                 self.popen.kill()
-        self.popen.wait(10)
+        self.popen.wait(_END_S)
         for pipe in (self.popen.stdin, self.popen.stdout, self.popen.stderr):
             if pipe is not None:
                 pipe.close()

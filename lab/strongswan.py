@@ -57,7 +57,8 @@ charon-systemd {{
 }}
 """
 _SECRET = "a secret of the lab's, worth nothing"
-_START_S = 15.0 * PATIENCE
+_START_S = 40.0 * PATIENCE
+_ANSWER_S = 30.0 * PATIENCE
 
 
 def strongswan_root(say: Callable[[str], None] = lambda _: None) -> Path:
@@ -168,9 +169,9 @@ class Charon:
 
     @contextmanager
     def session(self) -> Iterator[Session]:
-        """A VICI session, with a timeout of 10 s. Raises OSError while charon is not there."""
+        """A VICI session, with a timeout of 30 s. Raises OSError while charon is not there."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(10 * PATIENCE)
+            connection.settimeout(_ANSWER_S)
             connection.connect(str(outside_path(self._first_pid, self.vici_path)))
             yield Session(connection)
 
@@ -184,6 +185,10 @@ class Charon:
         if not found:
             raise LabError(f"{self._host} has no CHILD_SA {tunnel}:\n{self.log[-2000:]}")
         return max(found, key=lambda sa: sa.uniqueid)
+
+    def in_use(self, tunnel: str) -> list[ChildSa]:
+        """Its CHILD_SAs, without those that were replaced, deleted, and stay only for late packets."""
+        return [sa for sa in self._sas() if sa.name == tunnel and sa.state not in ("DELETING", "DELETED")]
 
     def initiate(self, tunnel: str) -> None:
         """Set a tunnel up and wait for it. Raises vici's CommandException with charon's reason."""
@@ -202,7 +207,7 @@ class Charon:
         before = self.installed(tunnel)
         with self.session() as vici:
             vici.rekey({"child": tunnel})
-        deadline = time.monotonic() + 10 * PATIENCE
+        deadline = time.monotonic() + _ANSWER_S
         while time.monotonic() < deadline:
             for sa in self._sas():
                 if sa.name == tunnel and sa.state == "INSTALLED" and sa.uniqueid > before.uniqueid:
@@ -226,7 +231,7 @@ class Charon:
         before = self._ike_ids(tunnel)
         with self.session() as vici:
             vici.rekey(what)
-        deadline = time.monotonic() + 15 * PATIENCE
+        deadline = time.monotonic() + _ANSWER_S
         while time.monotonic() < deadline:
             after = self._ike_ids(tunnel)
             if after and not after & before:
@@ -241,7 +246,8 @@ class Charon:
             int(ike["uniqueid"])
             for answer in answers
             for ike in answer.values()
-            if ike["state"] == b"ESTABLISHED" and ike["child-sas"]
+            if ike["state"] == b"ESTABLISHED"
+            and any(child["state"] == b"INSTALLED" for child in ike["child-sas"].values())
         }
 
     def _sas(self) -> Iterator[ChildSa]:
@@ -293,7 +299,7 @@ class Charon:
         process = self._running()
         process.send(number)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(15)
+            process.wait(_ANSWER_S)
         self.close()
 
     def _running(self) -> Process:
