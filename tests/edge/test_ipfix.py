@@ -1,6 +1,7 @@
 """The way to a collector: real sockets, collectors that come, go and do not read; python-ipfix reads what arrives."""
 
 import asyncio
+import contextlib
 import io
 import socket
 import struct
@@ -15,6 +16,7 @@ from fwd.edge import ipfix as edge
 from fwd.edge.endpoint import Endpoint
 from fwd.edge.ipfix import Exporter, Options
 from tests.builders import LEFT, RIGHT, Bench, esp
+from tests.ports import free_port
 
 ipfix.ie.use_iana_default()
 
@@ -36,9 +38,7 @@ class Seat:
         self.exporter = Exporter(self.bench.firewall, lambda _: self.bench.save())
         kind = socket.SOCK_DGRAM if transport == "udp" else socket.SOCK_STREAM
         self.family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        with socket.socket(self.family, kind) as free:
-            free.bind((address, 0))
-            port = free.getsockname()[1]
+        port = free_port(kind, address)
         self.options = Options(Endpoint(transport, address, port), 300, 1)
         self.octets = b""
         self.spi = 0
@@ -71,21 +71,24 @@ class Seat:
         return Counter(record["IPSecSPI"] for record in flows)
 
     async def read(self, connection, until):
-        """Take in what arrives until a condition holds."""
+        """Take in what arrives until a condition holds, and what has arrived by then."""
         loop = asyncio.get_running_loop()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while not until():
             assert time.monotonic() < deadline, (self.exporter.describe(), self.records())
             try:
                 self.octets += await asyncio.wait_for(loop.sock_recv(connection, 65536), 0.02)
             except TimeoutError:
                 pass
+        with contextlib.suppress(BlockingIOError):
+            while octets := connection.recv(65536):
+                self.octets += octets
 
     def has_all(self):
         return self.bench.count("ipfix_records_sent") == self.spi
 
     async def until(self, condition):
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while not condition():
             assert time.monotonic() < deadline, self.exporter.describe()
             await asyncio.sleep(0.01)
@@ -221,10 +224,10 @@ def test_at_a_stop_all_is_told_that_there_is():
         with seat.listen() as listener:
             seat.start()
             await seat.read(listener, lambda: "sending" in seat.exporter.describe())
-            await asyncio.sleep(0.15)
+            await asyncio.sleep(0.15)  # nothing more is under way
             seat.bench.read_all()
             seat.bench.firewall.flow_export.finish()
-            seat.exporter.finish(time.monotonic() + 1)
+            seat.exporter.finish(time.monotonic() + 30)
             await seat.read(listener, lambda: seat.records())
         assert seat.records() == Counter([1]) and seat.has_all()
 

