@@ -139,7 +139,7 @@ class Fwd:
     def stop(self) -> int:
         """Stop it in order; gives its exit status."""
         self.process.send(signal.SIGTERM)
-        return self.process.wait(15)
+        return self.process.wait(60 * PATIENCE)
 
     def kill(self) -> None:
         """Kill it."""

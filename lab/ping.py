@@ -12,7 +12,7 @@ from typing import NamedTuple
 from .sandbox import PATIENCE, LabError, Process
 
 #: How long an answer may take, before it counts as lost.
-ANSWER_S = 2.0 * PATIENCE
+ANSWER_S = 4.0 * PATIENCE
 
 
 class Tally(NamedTuple):

@@ -37,15 +37,21 @@ class Running:
 
     def save(self) -> None:
         """Let others find it. Raises LabError if the name is taken."""
-        FOLDER.mkdir(mode=0o755, exist_ok=True)
         unfinished = FOLDER / f".{self.name}.{os.getpid()}"
         try:
-            unfinished.write_text(json.dumps(asdict(self)))
+            self._write(unfinished)
             os.link(unfinished, _file(self.name))  # whole or not at all, and never over another's
         except FileExistsError:
             raise LabError(f"a lab {self.name} runs already: end it (down {self.name}) or choose a --name") from None
         finally:
             unfinished.unlink(missing_ok=True)
+
+    def _write(self, path: Path) -> None:
+        while True:
+            FOLDER.mkdir(mode=0o755, exist_ok=True)
+            with suppress(FileNotFoundError):  # another lab ended right then, and took the empty folder away
+                path.write_text(json.dumps(asdict(self)))
+                return
 
     def is_running(self) -> bool:
         """Whether it is still there; a later process with the same pid does not count."""

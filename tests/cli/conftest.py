@@ -29,9 +29,9 @@ def serving(path, bench):
     try:
         yield
     finally:
-        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(5)
+        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(60)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(5)
+        thread.join(60)
         loop.close()
 
 

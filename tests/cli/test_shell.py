@@ -267,7 +267,7 @@ class Terminal:
 
     def see(self, wanted):
         """Wait until a text that matches is there."""
-        until = time.monotonic() + 10
+        until = time.monotonic() + 30
         while not (found := re.search(wanted, self._shown)):
             assert select.select([self._master], [], [], until - time.monotonic())[0], repr(self._shown)
             self._shown += os.read(self._master, 65536).decode(errors="replace")
@@ -275,14 +275,14 @@ class Terminal:
 
     def wait_for(self, is_editing):
         """Wait until keys are the prompt's, or the terminal's own, who knows Ctrl-C."""
-        until = time.monotonic() + 10
+        until = time.monotonic() + 30
         while self._is_editing() is not is_editing:
             assert time.monotonic() < until
             time.sleep(0.01)
 
     def interrupt(self):
         """Press Ctrl-C until it is heard: nobody does while a command is about to begin."""
-        until = time.monotonic() + 10
+        until = time.monotonic() + 30
         while not self._is_editing():
             assert time.monotonic() < until
             os.write(self._master, b"\x03")

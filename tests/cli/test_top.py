@@ -388,7 +388,7 @@ class Screen:
             await self._pilot._wait_for_screen()
 
     async def shows(self, *words, but=()):
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while True:
             text = on_screen(self.app)
             if all(word in text for word in words) and not any(word in text for word in but):
@@ -544,10 +544,11 @@ def test_a_pause_lets_the_picture_stand(daemon, path):
         await screen.shows("gw/net")
         await screen.press("p")
         await screen.shows("PAUSED")
-        await asyncio.sleep(0.2)  # whatever was on its way
-        asked = daemon.bench.count("session_cleared"), screen.app.frame
-        await asyncio.sleep(0.2)
-        assert screen.app.frame is asked[1]
+        frames = [screen.app.frame]
+        while len(frames) < 5 or len({*map(id, frames[-5:])}) > 1:  # what was on its way may come yet
+            assert len(frames) < 50
+            await asyncio.sleep(0.2)
+            frames.append(screen.app.frame)
         await screen.press("t")  # a question of one's own is answered all the same
         await screen.shows("SESSIONS 5", "10.0.0.1")
         await screen.press("space")

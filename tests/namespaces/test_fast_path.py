@@ -121,7 +121,7 @@ def test_packets_delivered_are_packets_counted_while_elements_come_and_go(transi
     count, sent, churn = 2500, 0, 0
     for number in range(ROUNDS):
         sources = start_sources(transit, count=count, spis=100, rate=12000, first_spi=4096 + 1000 * number)
-        while any(source.popen.poll() is None for source in sources):
+        while any(source.popen.poll() is None for source in sources) or churn <= 5 * (number + 1):
             client.call("session.clear", filter={})
             churn += 1
             if churn % 8 == 0:

@@ -33,7 +33,7 @@ def start_collector(host):
 def stop_collector(collector):
     """Gives what it logged."""
     collector.send(signal.SIGTERM)
-    return collector.popen.communicate(timeout=10)[0]
+    return collector.popen.communicate(timeout=60)[0]
 
 
 def collected(host):
@@ -99,13 +99,16 @@ def test_nfdump_counts_what_fwd_counts_through_rekeys_a_restart_and_a_kill(termi
     print(json.dumps({" ".join(map(str, key)): value for key, value in theirs.items()}), log, info)
 
     assert info.startswith("udp:192.0.2.2:4739, sending; ")
-    assert counters["ipfix_records_unsure"] == counters["ipfix_records_not_sent"] == 0
-    assert theirs == sessions
+    assert counters["ipfix_records_not_sent"] == 0 and theirs <= sessions
     assert theirs["192.0.2.1", "192.0.2.2", 50, "packets"] > 50
     packets, octets = (sum(n for (*_, name), n in theirs.items() if name == unit) for unit in ("packets", "bytes"))
+    assert f"Packets: {packets}, Bytes: {octets}" in log
+    assert counters["pkt_session"] == counters["ipfix_packets_sent"]
+    assert counters["byte_session"] == counters["ipfix_bytes_sent"]
+    if counters["ipfix_records_unsure"]:  # killed between its record of them and the sending
+        return
+    assert theirs == sessions and "Sequence Errors: 0" in log
     assert (packets, octets) == (counters["pkt_session"], counters["byte_session"])
-    assert (packets, octets) == (counters["ipfix_packets_sent"], counters["ipfix_bytes_sent"])
-    assert "Sequence Errors: 0" in log and f"Packets: {packets}, Bytes: {octets}" in log
 
     # nfdump keeps no SPI. Another decoder does, and tcpdump has seen the packets themselves.
     by_spi = Counter()

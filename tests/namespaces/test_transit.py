@@ -11,7 +11,7 @@ DENY_TRANSIT = (
     default_config()
     + """
 [timeouts]
-discard = 8
+discard = 12
 """
 ).replace(
     "[[rules]]",
@@ -82,7 +82,7 @@ def test_a_deny_rule_drops_discards_and_frees(transit):
         assert transit.ping("sites-v4", count=3) == 0
     assert arrived.packets == []
     (session,) = fwd.sessions(state="discard")
-    assert (session["rule"], session["end_reason"], session["timeout_s"]) == ("no-esp-out", "policy-deny", 8)
+    assert (session["rule"], session["end_reason"], session["timeout_s"]) == ("no-esp-out", "policy-deny", 12)
     assert session["c2s"]["packets"] == 3
     wait_for(lambda: not fwd.sessions(state="discard"), "the session is freed")
     assert fwd.json("show", "session", "id", str(session["id"]))["state"] == "INIT"

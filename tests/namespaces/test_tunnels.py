@@ -19,7 +19,7 @@ EVERY_PACKET = default_config().replace('action = "allow"', 'action = "allow"\ni
 
 def tunnel(fwd, name="peer-v4"):
     """What `show tunnel detail` says of one tunnel."""
-    (found,) = fwd.json("show", "tunnel", "detail", name)["tunnels"]
+    (found,) = wait_for(lambda: fwd.json("show", "tunnel", "detail", name)["tunnels"], "fwd knows the tunnel")
     return found
 
 
@@ -43,6 +43,7 @@ def counted(generations):
     return ways
 
 
+@pytest.mark.alone
 def test_each_generation_carries_what_tcpdump_saw_of_its_spis(terminated):
     fwd = terminated.start_fwd()
     terminated.initiate("peer-v4")
@@ -67,6 +68,8 @@ def test_each_generation_carries_what_tcpdump_saw_of_its_spis(terminated):
     for old, new in pairwise(generations):
         assert old["installed"] < new["installed"] and old["in"]["first_seen"] < new["in"]["first_seen"]
         assert old["removed"] > new["installed"]  # make before break
+    answered = [packet.at for packet in capture.packets if packet.source == HERE]
+    stalled = max(later - earlier for earlier, later in pairwise(answered))  # 0.02 s, or the machine stood still
     for way, source in (("in", PEER), ("out", HERE)):
         times = {}  # of each SPI on the wire: first and last
         for packet in capture.packets:
@@ -75,9 +78,9 @@ def test_each_generation_carries_what_tcpdump_saw_of_its_spis(terminated):
                 times[spi] = (times.get(spi, (packet.at,))[0], packet.at)
         for old, new in pairwise(generations):
             overlap = times[old[way]["spi"]][1] - times[new[way]["spi"]][0]
-            assert abs(new["overlap_s"][way] - max(0, overlap)) < 0.3
-            assert abs(new[way]["first_seen"] - times[new[way]["spi"]][0]) < 0.1
-            assert abs(old[way]["last_seen"] - times[old[way]["spi"]][1]) < 0.3
+            assert abs(new["overlap_s"][way] - max(0, overlap)) < 0.3 + stalled
+            assert abs(new[way]["first_seen"] - times[new[way]["spi"]][0]) < 0.1 + stalled
+            assert abs(old[way]["last_seen"] - times[old[way]["spi"]][1]) < 0.3 + stalled
     assert tunnel(fwd)["session"] == session_id and tunnel(fwd)["rekeys"] == 2
     text = fwd.fwctl("show", "session", "id", str(session_id)).stdout
     assert all(f"{sa.spi_in} (0x{sa.spi_in:08x})" in text for sa in pairs) and "rekeyed" in text

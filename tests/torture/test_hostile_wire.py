@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from fwd.cli.client import Client
-from lab.lab import default_config, wait_for
+from lab.lab import default_config
 from lab.ping import outcome
 from tests.builders import esp, esp_in_udp, ip, ipv4, ipv6, udp
-from tests.namespaces.conftest import accounted, witnessed
+from tests.namespaces.conftest import assert_balanced, witnessed
 from tests.torture.conftest import in_full
 from tests.torture.seeds import HOP_BY_HOP, OPTIONS, PACKETS, chain, fragment6, read_corpus
 
@@ -316,19 +316,15 @@ def arrived(lab):
 def assert_books_balance(lab, fwd):
     """Ours and the kernel's count are equal, no packet waits for a verdict, and nothing went wrong inside."""
 
-    def balance():
-        seen[:] = [witnessed(lab), accounted(books), witnessed(lab)]
-        return len(set(seen)) == 1
-
-    seen, books = [], Books(lab)
-    wait_for(balance, "the kernel's count equals ours", 10)
+    books = Books(lab)
+    came = assert_balanced(lab, books)
     queue = lab.hosts["fwd"].run(["cat", "/proc/net/netfilter/nfnetlink_queue"]).stdout.split()
     counters = books.counters()
     books.client.close()
     assert queue[2] == "0", queue
     assert not any(counters[f"{kind}_internal_error"] for kind in ("flow", "timer")) and "Traceback" not in fwd.log
     assert counters["fast_path_lost"] == counters["queue_kernel_drop"] == counters["queue_socket_drop"] == 0
-    return seen[0], counters
+    return came, counters
 
 
 @pytest.mark.timeout(300)

@@ -60,13 +60,18 @@ def test_killed_at_any_instant(demo, fail, fast_path):
         time.sleep(chance.uniform(0.0, 0.3))
         killed_at = time.monotonic()
         os.kill(fwd.pid, signal.SIGKILL)
-        fwd.process.wait(10)
+        fwd.process.wait(60)
         fwd = demo.start_fwd(config)
         starts.append(time.monotonic() - killed_at)
         after, counts = look(demo)
         away.append(counts["pkt_unseen"] - counted["pkt_unseen"])
+        missing = [session for number, session in before.items() if number not in after]
+        # One whose SPI charon told of meanwhile has become part of its tunnel's.
+        absorbed = counts["session_absorbed"] - counted["session_absorbed"]
+        assert len(missing) <= absorbed, (turn, missing, fwd.log[-2000:])
         for number, session in before.items():
-            assert number in after, (turn, session, fwd.log[-2000:])
+            if number not in after:
+                continue
             for key in ("application", "start_time", "rule", "terminated_on_host"):
                 assert after[number][key] == pytest.approx(session[key]), (turn, key, session, after[number])
             for flow in ("c2s", "s2c"):
@@ -84,7 +89,7 @@ def test_killed_at_any_instant(demo, fail, fast_path):
 
     seen = []
     try:
-        wait_for(balanced, "the kernel's count equals ours", 10)
+        wait_for(balanced, "the kernel's count equals ours")
     except LabError:
         came, ours, lost = seen[-1]
         # Killed between the removal of an element and the record of it: counted until it was read last.
@@ -124,15 +129,15 @@ def test_the_traffic_log_has_every_session_once(demo):
         if chance.random() < 0.5:
             fwd.fwctl("clear", "session", "all", "filter", "application", "ipsec-udp")
         os.kill(fwd.pid, signal.SIGKILL)
-        fwd.process.wait(10)
+        fwd.process.wait(60)
         fwd = demo.start_fwd(config)
     for process in traffic:
         process.end()
     demo.charon("fwd").terminate("peer-v4")
-    wait_for(lambda: not fwd.sessions(), "all sessions have ended", 30)
+    wait_for(lambda: not fwd.sessions(), "all sessions have ended", 60)
     counters = look(demo)[1]
     untold = counters["session_absorbed"] + counters["session_not_restored"]
-    wait_for(lambda: len(_logged(fwd)) >= counters["session_allocated"] - untold, "all is written", 10)
+    wait_for(lambda: len(_logged(fwd)) >= counters["session_allocated"] - untold, "all is written")
     entries = _logged(fwd)
     assert len(entries) == counters["session_allocated"] - untold > kills
     assert len({entry["session"] for entry in entries}) == len({entry["number"] for entry in entries}) == len(entries)

@@ -11,7 +11,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from fwd.cli.client import Client
 from lab import Lab
 from lab.lab import PROGRAMS, default_config, wait_for
 from lab.ping import outcome
-from tests.namespaces.conftest import accounted, witnessed
+from tests.namespaces.conftest import assert_balanced, witnessed
 from tests.torture.conftest import in_full
 from tests.torture.flood import Flood, counters, pin, timed
 from tests.torture.prober import Prober, prefer
@@ -49,11 +48,6 @@ def ask(demo: Lab) -> Iterator[Callable[[], Client]]:
     yield connect
     for client in clients:
         client.close()
-
-
-def is_all_told(lab, fwd) -> bool:
-    """Whether each packet that came by is in a session or in a drop counter; those of the kernel's come with a look."""
-    return accounted(fwd) == witnessed(lab)
 
 
 def fill(flood: Flood, client: Client, size: int) -> None:
@@ -87,12 +81,13 @@ def test_a_full_table_refuses_counts_and_keeps_what_it_has(demo, ask):
     time.sleep(1.5)  # no IKE session is left: a new one of the same peers takes a stranger's place
     demo.charon("peer").rekey("peer-v4")
     assert demo.ping("peer-v4") == 3
+    wait_for(lambda: fwd.sessions(application="ipsec-udp")[0]["ipsec"]["rekeys"], "fwd has heard of the rekey")
     (tunnel,) = fwd.sessions(application="ipsec-udp")
     assert (tunnel["c2s"]["packets"], tunnel["ipsec"]["rekeys"]) == (6, 1)
     assert demo.ping("sites-v4") == 3
     session = client.call("session.get", id=before["id"])
     assert (session["c2s"]["packets"], session["state"]) == (6, "ACTIVE")
-    wait_for(partial(is_all_told, demo, fwd), "all is counted")
+    assert_balanced(demo, fwd)
     print(fwd.fwctl("explain", "packet", "--src", "10.9.9.9", "--dst", B, "--spi", "1").stdout)
 
 
@@ -136,7 +131,7 @@ def test_long_listings_keep_no_packet_waiting(demo, ask):
         seen = prober.stop()
         print(f"{words or 'nothing asked'}: {elapsed:.1f} s, {used:.1f} s of fwd's CPU; {seen}")
         assert seen["received"] == seen["sent"]
-        assert seen["worst_ms"] < 500  # generous, for machines that do other work too
+        assert seen["worst_ms"] - seen["stalled_ms"] < 500  # generous, for machines that do other work too
 
 
 @pytest.mark.timeout(180)
@@ -157,7 +152,7 @@ def test_a_spray_of_spis_at_this_host_takes_its_share_and_no_more(demo, ask):
     wait_for(lambda: client.call("session.info")["sessions_allocated"] <= 4, "the strangers are one session", 20)
     (tunnel,) = fwd.sessions(application="ipsec-udp")
     assert tunnel["state"] == "ACTIVE" and tunnel["c2s"]["packets"] == 6
-    wait_for(partial(is_all_told, demo, fwd), "all is counted")
+    assert_balanced(demo, fwd)
 
 
 @pytest.mark.timeout(180)
@@ -182,7 +177,7 @@ def test_forged_sources_fill_half_the_table_and_are_gone_as_soon_as_it_is_needed
     demo.charon("site-a").rekey("sites-v4")
     assert demo.ping("sites-v4") == 3
     assert fwd.sessions(application="ipsec-esp", source=A)[0]["c2s"]["packets"] == 9
-    wait_for(partial(is_all_told, demo, fwd), "all is counted")
+    assert_balanced(demo, fwd)
 
 
 @pytest.mark.timeout(180)
@@ -202,7 +197,7 @@ def test_what_the_queue_loses_is_counted_and_fwd_goes_on_by_itself(demo, ask, wh
     finally:
         fwd.process.send(signal.SIGCONT)
     wait_for(lambda: counters(client)[which] > 0, "the loss is told")
-    wait_for(partial(is_all_told, demo, fwd), "all is counted")
+    assert_balanced(demo, fwd)
     demo.initiate("sites-v6")
     assert demo.ping("sites-v6") == 3 and demo.ping("peer-v4") == 3
     told = counters(client)
@@ -268,7 +263,7 @@ def test_ten_times_the_rate_that_it_can_bear(demo, ask):
     assert received >= 0.9 * pinged  # charon's own ESP and ping need a CPU, too
     assert answers[len(answers) * 95 // 100] < 1 and statistics.median(programs) < 2
     assert told["session_aged_out"] > 0 and told["flow_limit_half_open"] > 0
-    wait_for(partial(is_all_told, demo, fwd), "all is counted", 60)
+    assert_balanced(demo, fwd)
 
 
 STREAM_RATE, STREAM_SIZE = 4000, 1000

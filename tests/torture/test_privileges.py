@@ -68,8 +68,13 @@ def test_it_works_on_real_esp_as_its_own_user_with_one_capability(terminated):
     wait_for(fwd.hears_charon, "charon is heard")
     terminated.initiate("peer-v4", "peer-v6")
     assert terminated.ping("peer-v4") == 3 and terminated.ping("peer-v6") == 3
-    sessions = fwd.ask("show", "session", "all", "filter", "application", "ipsec-udp")["sessions"]
-    assert [(s["c2s"]["packets"], s["s2c"]["packets"]) for s in sessions] == [(3, 3)] * 2
+
+    def counted():
+        sessions = fwd.ask("show", "session", "all", "filter", "application", "ipsec-udp")["sessions"]
+        return [(s["c2s"]["packets"], s["s2c"]["packets"]) for s in sessions]
+
+    # What came before charon's news has joined its tunnel then.
+    wait_for(lambda: counted() == [(3, 3)] * 2, f"both tunnels have all packets, not {counted()}")
     counters = {counter["name"]: counter["value"] for counter in fwd.ask("show", "counter", "global")["counters"]}
     assert counters["flow_internal_error"] == 0 and counters["pkt_fast_path"] > 0
 
@@ -167,7 +172,7 @@ def test_charon_gives_its_socket_to_the_group_that_its_configuration_names(termi
     wait_for(fwd.hears_charon, "charon is heard")
     terminated.initiate("peer-v4")
     assert terminated.ping("peer-v4") == 3
-    assert len(fwd.ask("show", "tunnel")["tunnels"]) == 1
+    wait_for(lambda: len(fwd.ask("show", "tunnel")["tunnels"]) == 1, "fwd knows the tunnel")
 
 
 def test_counts_of_the_queue_that_are_roots_are_missed_aloud(transit):
