@@ -44,7 +44,7 @@ for n in range(200):
 """
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_after_a_minute_of_mixed_traffic_every_packet_is_accounted_for(demo):
     host = demo.hosts["fwd"]
     fwd = demo.start_fwd(CONFIG)

@@ -102,7 +102,7 @@ def has_handled(fwd, packets):
 ROUNDS = int(os.environ.get("FWD_EXACT_ROUNDS", "20"))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_packets_delivered_are_packets_counted_while_elements_come_and_go(transit):
     """Round after round both ways over many SPIs; all the while sessions are cleared, reloads go on, the table is full.
 

@@ -22,7 +22,7 @@ def by_family(fwd):
     return {6 if ":" in session["c2s"]["source"] else 4: session for session in sessions}
 
 
-@pytest.mark.timeout(in_full(600, 120))
+@pytest.mark.timeout(in_full(900, 300))
 def test_rules_zones_and_timeouts_change_under_traffic_and_no_session_is_lost(transit):
     plain = default_config()
     fwd = transit.start_fwd(plain)
@@ -73,7 +73,7 @@ ip link set to-b up
 """
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_an_interface_that_vanishes_and_comes_back_is_followed(transit):
     fwd = transit.start_fwd()
     transit.initiate("sites-v4")
@@ -92,7 +92,7 @@ def test_an_interface_that_vanishes_and_comes_back_is_followed(transit):
     assert_balanced(transit, fwd)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_an_address_that_moves_to_another_interface_is_followed(terminated):
     """The announced session of a tunnel shows the interface that has its local address."""
     fwd = terminated.start_fwd(default_config().replace("[zones]", '[zones]\ndmz = ["spare*"]'))

@@ -327,7 +327,7 @@ def assert_books_balance(lab, fwd):
     return came, counters
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("ports", in_full(["generic", "spi"], ["generic"]))
 def test_each_hostile_packet_is_where_it_belongs(demo, ports):
     """Case by case, by two witnesses: rules that are not fwd's count what came, others at site-b what went on."""

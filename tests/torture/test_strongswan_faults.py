@@ -372,7 +372,7 @@ class Asked:
 
 
 @pytest.mark.alone
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_ten_thousand_sas_and_storms_of_events_keep_no_packet_waiting(transit):
     folder = transit.hosts["fwd"].path("/run/hosts/fwd")
     folder.mkdir(parents=True, exist_ok=True)
