@@ -377,7 +377,7 @@ def test_ten_thousand_sas_and_storms_of_events_keep_no_packet_waiting(transit):
     folder = transit.hosts["fwd"].path("/run/hosts/fwd")
     folder.mkdir(parents=True, exist_ok=True)
     fwd = transit.start_fwd(EVERY_PACKET)
-    prefer(fwd.pid)
+    prefer(fwd.pid, is_strict=True)
     ask = Asked(transit)
     count = in_full(10_000, 2_000)
     first, other = sas(count), sas(count, 100_000)
