@@ -64,7 +64,8 @@ def test_established_tunnels_pass_the_kernel_alone(demo, backend):
     demo.initiate()
     wait_for(lambda: len(fwd.sessions(application="ipsec-udp")) == 2, "fwd knows the tunnels that end here")
     for tunnel in demo.topology.tunnels:
-        assert demo.ping(tunnel.name, count=20) == 20
+        assert demo.ping(tunnel.name, count=1) == 1  # until this one is answered, others would come to the daemon, too
+        assert demo.ping(tunnel.name, count=19) == 19
     for session in fwd.sessions(application="ipsec-esp") + fwd.sessions(application="ipsec-udp"):
         assert (session["c2s"]["packets"], session["s2c"]["packets"]) == (20, 20)
         assert session["ipsec"]["spis_in_kernel"] == (0 if backend == "iptables" else 2)
@@ -77,21 +78,22 @@ def test_established_tunnels_pass_the_kernel_alone(demo, backend):
 def test_esp_in_udp_takes_the_fast_path_and_ike_beside_it_does_not(transit):
     fwd = transit.start_fwd()
     script = (
-        "import socket, struct, time\n"
+        "import socket, struct, sys, time\n"
         "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(('198.51.100.2', 4501))\n"
-        "for n in range(20):\n"
+        "for n in range(*map(int, sys.argv[1:])):\n"
         "    s.sendto(struct.pack('!II', 0xbeef, n + 1) + bytes(40), ('203.0.113.2', 4500))\n"
         "    s.sendto(bytes(4) + bytes(range(1, 29)), ('203.0.113.2', 4500))\n"
         "    s.sendto(b'\\xff', ('203.0.113.2', 4500))\n"
         "    time.sleep(0.01)\n"
     )
-    transit.hosts["site-a"].run([sys.executable, "-c", script])
-    wait_for(partial(has_handled, fwd, 60), "all is handled")
+    for first, end in ((0, 1), (1, 20)):
+        transit.hosts["site-a"].run([sys.executable, "-c", script, f"{first}", f"{end}"])
+        wait_for(partial(has_handled, fwd, 3 * end), "all is handled")
     (esp,) = fwd.sessions(application="ipsec-esp-udp")
     (ike,) = fwd.sessions(application="ike")
     assert (esp["c2s"]["packets"], ike["c2s"]["packets"]) == (20, 40)
     counters = fwd.counters()
-    assert counters["pkt_recv"] - counters["pkt_fast_path"] <= 60 and counters["pkt_fast_path"] > 0
+    assert counters["pkt_fast_path"] == 19
     assert counters["pkt_recv"] == 60 == witnessed(transit)
 
 
