@@ -522,6 +522,9 @@ class Daemon:
                 log.error("the last counts of the kernel are lost: %s", error)
             Ruleset.remove()
             self._close_kernel()
+        else:
+            self._firewall.look_no_more(time.monotonic())
+            self._serve_kernel()
         deadline = time.monotonic() + DRAIN_S
         while self._queue.turn(PACKETS_PER_TURN) and time.monotonic() < deadline:
             self._serve_kernel()

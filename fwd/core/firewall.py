@@ -389,7 +389,8 @@ class Firewall:
             value = self.counters.values[counter.name]
             self._events.append(CounterRose(counter.name, counter.description, amount, value))
             if (counter.severity, counter.aspect) == ("drop", "resource"):
-                self._look_no_more(now)
+                self._no_looks_before = now + LOOK_INTERVAL_S
+                self.look_no_more(now)
         for count, session in enumerate(self.ager.due(now), 1):
             self._expire(session, now)
             if count == EXPIRE_SLICE or self.fast_path.asked_count >= READS_PER_REQUEST:
@@ -429,9 +430,11 @@ class Firewall:
             self.ager.set_factor(factor, now)
         self.rates.rest(now)
 
-    def _look_no_more(self, now: float) -> None:
-        """In a flood, a packet that comes here to be looked at may be lost, and all after it until one is not."""
-        self._no_looks_before = now + LOOK_INTERVAL_S
+    def look_no_more(self, now: float) -> None:
+        """What was to be looked at with its next packet goes back to the kernel.
+
+        In a flood, and while nobody has the queue, that packet may be lost, and all after it until one is not.
+        """
         for element in self.fast_path.take_looked_at():
             session = element.flow.session
             if self.table.live(session.id) is session:  # else another one has taken it over, or it has ended

@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 
 from fwd.cli.client import Client
+from fwd.core.constants import LOOK_INTERVAL_S
 from fwd.rpc import RpcError
 from lab.lab import default_config, wait_for
 from tests.namespaces.conftest import accounted, assert_balanced, has_rules, witnessed
@@ -200,6 +201,30 @@ def test_an_orderly_restart_is_not_noticed_by_tunnels_and_loses_no_count(transit
     # Even with fail-closed all packets arrive: the kernel knows all the SPIs.
     assert (arrived(transit, "site-b"), arrived(transit, "site-a")) == (count, count)
     assert totals(transit) == {A: count, B: count}
+
+
+def test_a_restart_puts_back_what_was_to_be_looked_at(transit):
+    """Each 10 s a packet of an SPI comes to fwd, which is to see its number; not while there is no fwd."""
+    config = default_config() + '[dataplane]\nfail = "closed"\n'
+    fwd = transit.start_fwd(config)
+    transit.initiate("sites-v4")
+
+    def in_kernel():
+        (session,) = fwd.sessions(application="ipsec-esp")
+        return session["ipsec"]["spis_in_kernel"]
+
+    assert transit.ping("sites-v4", count=1) == 1
+    wait_for(lambda: in_kernel() == 2, "the kernel knows both SPIs")
+    assert transit.ping("sites-v4", count=19) == 19
+    time.sleep(LOOK_INTERVAL_S + 0.5)
+    assert transit.ping("sites-v4", count=1) == 1  # fwd hears of it, and then nothing more comes
+    wait_for(lambda: in_kernel() < 2, "the next packet of one would come to fwd")
+    fwd.process.send(signal.SIGUSR1)
+    assert fwd.process.wait(15) == 10
+    assert transit.ping("sites-v4") == 3
+    fwd = transit.start_fwd(config)
+    (session,) = fwd.sessions(application="ipsec-esp")
+    assert (session["c2s"]["packets"], session["s2c"]["packets"]) == (24, 24)
 
 
 def test_after_a_kill_the_kernel_goes_on_and_the_next_fwd_takes_over(terminated):
