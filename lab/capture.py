@@ -20,6 +20,8 @@ _ETHERNET = 14
 #: What tcpdump prints when it gets SIGUSR1.
 _FIGURES = re.compile(r"(\d+) packets? captured, (\d+) packets? received by filter, (\d+) packets? dropped by kernel")
 _CATCH_UP_S = 30.0 * PATIENCE
+#: It answers, and its figures stay as they are for so long: the rest came before its filter was in place.
+_SAME_S = 1.0 * PATIENCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +84,20 @@ class Capture:
         """Until tcpdump has read all that the kernel has for it: what it has not when it stops is lost."""
         assert self._process.popen.stderr is not None
         deadline = time.monotonic() + _CATCH_UP_S
+        before: tuple[int, ...] = ()
+        same_since = time.monotonic()
         while time.monotonic() < deadline:
             self._process.send(signal.SIGUSR1)
             line = self._process.popen.stderr.readline()
             figures = _FIGURES.search(line)
             if figures is None:
                 raise LabError(f"tcpdump does not say how far it is: {line.strip()}")
-            captured, received, dropped = map(int, figures.groups())
+            captured, received, dropped = now = tuple(map(int, figures.groups()))
             if captured * self._copies + dropped >= received:
+                return
+            if now != before:
+                before, same_since = now, time.monotonic()
+            elif time.monotonic() - same_since > _SAME_S:
                 return
             time.sleep(0.01)
         raise LabError(f"tcpdump does not keep up: {line.strip()}")

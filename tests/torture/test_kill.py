@@ -19,16 +19,20 @@ A, B = "198.51.100.2", "203.0.113.2"
 
 
 def look(lab):
-    """All sessions and global counters, as a client is told them."""
+    """The global counters, all sessions, and the counters again, as a client is told them."""
     client = Client(str(lab.hosts["fwd"].path("/run/fwd/control.sock")))
-    sessions, after = {}, 0
+
+    def counters():
+        return {counter["name"]: counter["value"] for counter in client.call("counter.list")["counters"]}
+
+    before, sessions, after = counters(), {}, 0
     while after is not None:
         page = client.call("session.list", after=after)
         sessions |= {session["id"]: session for session in page["sessions"]}
         after = page["next"]
-    counters = {counter["name"]: counter["value"] for counter in client.call("counter.list")["counters"]}
+    told = before, sessions, counters()
     client.close()
-    return sessions, counters
+    return told
 
 
 def balance(counters):
@@ -56,14 +60,14 @@ def test_killed_at_any_instant(demo, fail, fast_path):
         time.sleep(chance.uniform(0.0, 0.8))
         if chance.random() < 0.3:
             demo.charon("peer").rekey("peer-v4")
-        before, counted = look(demo)
+        counted, before, _ = look(demo)
         time.sleep(chance.uniform(0.0, 0.3))
         killed_at = time.monotonic()
         os.kill(fwd.pid, signal.SIGKILL)
         fwd.process.wait(60)
         fwd = demo.start_fwd(config)
         starts.append(time.monotonic() - killed_at)
-        after, counts = look(demo)
+        _, after, counts = look(demo)
         away.append(counts["pkt_unseen"] - counted["pkt_unseen"])
         missing = [session for number, session in before.items() if number not in after]
         # One whose SPI charon told of meanwhile has become part of its tunnel's.
@@ -83,7 +87,7 @@ def test_killed_at_any_instant(demo, fail, fast_path):
         process.end()
 
     def balanced():
-        came, (_, counters), still = witnessed(demo), look(demo), witnessed(demo)
+        came, (*_, counters), still = witnessed(demo), look(demo), witnessed(demo)
         seen.append((came, balance(counters), counters["fast_path_lost"]))
         return came == still and came == balance(counters)
 
@@ -94,7 +98,7 @@ def test_killed_at_any_instant(demo, fail, fast_path):
         came, ours, lost = seen[-1]
         # Killed between the removal of an element and the record of it: counted until it was read last.
         assert lost and 0 < came - ours <= 50 * lost, seen[-1]
-    sessions, counters = look(demo)
+    _, sessions, counters = look(demo)
     assert "Traceback" not in fwd.log and "set-aside" not in fwd.log
     figures = {
         "kills": KILLS,
@@ -135,7 +139,7 @@ def test_the_traffic_log_has_every_session_once(demo):
         process.end()
     demo.charon("fwd").terminate("peer-v4")
     wait_for(lambda: not fwd.sessions(), "all sessions have ended", 60)
-    counters = look(demo)[1]
+    counters = look(demo)[-1]
     untold = counters["session_absorbed"] + counters["session_not_restored"]
     wait_for(lambda: len(_logged(fwd)) >= counters["session_allocated"] - untold, "all is written")
     entries = _logged(fwd)
