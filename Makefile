@@ -24,7 +24,7 @@ BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev libnetfilter-queue-dev
 RUN_PACKAGES := nftables iptables procps
 DEB_PACKAGES := debhelper build-essential
 LAB_PACKAGES := iproute2 iputils-ping fping tcpdump mmdebstrap systemd ethtool nfdump
-VM_PACKAGES := qemu-system-x86 mmdebstrap e2fsprogs git
+VM_PACKAGES := qemu-system-x86 qemu-utils mmdebstrap e2fsprogs git
 
 define need
 	@missing=$$(for p in $(1); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \

@@ -181,7 +181,7 @@ def vm() -> None:
       python -m lab vm build                              only make its disk, once; `run` and `shell` do so, too
 
     It has no network to the outside, and what happens in it changes nothing here: its disk, in ~/.cache/fwd-lab, is
-    never written to. It wants qemu-system-x86 and mmdebstrap, and uses KVM where that boots a kernel.
+    never written to. It wants qemu-system-x86, qemu-utils and mmdebstrap, and uses KVM where that boots a kernel.
     """
 
 
@@ -218,7 +218,7 @@ def build(release: str, again: bool) -> None:
     show_default=True,
     help="Folder for junit.xml, the journal and the console; what is in it goes.",
 )
-@click.option("--time-limit", type=click.IntRange(min=60), default=3600, show_default=True, help="Seconds, in all.")
+@click.option("--time-limit", type=click.IntRange(min=60), default=5400, show_default=True, help="Seconds, in all.")
 @click.argument("tests", nargs=-1, type=click.UNPROCESSED)
 @_plainly
 def run(release: str, accel: str, results: Path, time_limit: int, tests: tuple[str, ...]) -> None:

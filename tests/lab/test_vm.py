@@ -26,12 +26,16 @@ def test_what_the_python_world_has_to_bring_is_what_the_project_says():
 def guest(tmp_path):
     """Follows a program in the place of a guest; gives what was said, and what is wrong."""
 
+    disk = tmp_path / "disk"
+    subprocess.run(["mke2fs", "-q", disk, "1M"], capture_output=True, check=True)
+
     def follow(script, time_limit_s=20.0):
         said = []
-        console, output = tmp_path / "console", tmp_path / "output"
-        with subprocess.Popen(["sh", "-c", script], cwd=tmp_path, text=True) as program:
-            trouble = machine._follow(program, console, output, said.append, time_limit_s)
-            program.kill()
+
+        def boot():
+            return subprocess.Popen(["sh", "-c", script], cwd=tmp_path, text=True, stderr=subprocess.DEVNULL)
+
+        trouble = machine._follow(boot, disk, tmp_path / "console", tmp_path / "output", said.append, time_limit_s)
         return said, trouble
 
     return follow
@@ -39,6 +43,11 @@ def guest(tmp_path):
 
 def test_what_a_guest_prints_is_said_line_by_line(guest):
     assert guest("echo one > output; echo two >> output; printf three >> output") == (["one", "two", "three"], None)
+
+
+def test_a_guest_boots_again_when_it_asks_for_it(guest):
+    once = 'debugfs -w -R "write again boot" disk'
+    assert guest(f"echo on >> output; [ -e again ] || {{ echo 1 > again; {once}; }}") == (["on", "on"], None)
 
 
 def test_a_guest_that_is_not_done_in_time_is_ended(guest):
