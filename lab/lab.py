@@ -268,7 +268,7 @@ class Lab:
                 script += [
                     f"{on} nft 'add table ip nat'",
                     f"{on} nft 'add chain ip nat post {{ type nat hook postrouting priority srcnat ; }}'",
-                    f"{on} nft 'add rule ip nat post oifname {plan.masquerade} masquerade'",
+                    f"{on} nft 'add rule ip nat post oifname {plan.masquerade} masquerade random'",
                 ]
         command = [*enter(first_pid), "sh", "-ec", "\n".join(script)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60 * PATIENCE, check=False)

@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent / "topologies"
 class HostPlan:
     """One host: does it forward, does it run strongSwan, its protected addresses, its default gateways.
 
-    `masquerade` is the interface behind which it hides the others (IPv4 NAT), if it does.
+    `masquerade` is the interface behind which it hides the others (IPv4 NAT, other ports included), if it does.
     """
 
     name: str

@@ -1,15 +1,16 @@
 """ESP of the kernel's own: what fwd counts is what `ip -s xfrm state` and tcpdump count, to the packet and the byte."""
 
-import re
-
 import pytest
 
+from lab import ping
 from lab.lab import wait_for
 from lab.strongswan import kernel_has_esp
 from tests.namespaces.conftest import accounted, witnessed
 from tests.vm.site import parse_xfrm
 
 SUITE = "aes128-sha256"
+PINGS = 40
+CAPTURED = "esp or udp port 4500"
 #: What of a connection and of its CHILD_SA is other than in the lab, by the name of the case.
 CASES = {
     "tunnel": ({}, {}),
@@ -25,7 +26,9 @@ def configure(lab, tunnel, case):
     plan = lab.tunnel(tunnel)
     for host in plan.ends:
         here = plan.side(host)
-        inner = plan.outer if case == "transport" else plan.inner
+        inner = list(plan.outer if case == "transport" else plan.inner)
+        if case == "transport" and plan.nat and here == 1:
+            inner[0] = plan.nat  # what it sees of the other
         prefix = 128 if ":" in inner[0] else 32
         children = {
             tunnel: {
@@ -39,7 +42,7 @@ def configure(lab, tunnel, case):
         lab.charon(host).configure(tunnel, children=children, **connection)
 
 
-def send(lab, tunnel, case, count):
+def send(lab, tunnel, case):
     """Ping through the tunnel; with transport mode that is between the outer addresses."""
     plan = lab.tunnel(tunnel)
     if case == "xfrm interface":
@@ -51,13 +54,59 @@ def send(lab, tunnel, case, count):
             route = ["route", "replace", plan.inner[1 - here], "dev", "ipsec0", "src", plan.inner[here]]
             lab.hosts[host].run(["ip", *(["-6"] if ":" in route[2] else []), *route])
     ends = plan.outer if case == "transport" else plan.inner
-    command = ["ping", "-n", "-I", ends[0], "-c", f"{count}", "-i", "0.02", "-W", "2", ends[1]]
-    done = lab.hosts[plan.initiator].run(command, timeout=60, check=False)
-    return int(re.search(r"(\d+) received", done.stdout)[1])
+    done = lab.hosts[plan.initiator].run(ping.command(*ends, PINGS), timeout=60, check=False)
+    return ping.tally(done.stderr).received
 
 
 def states(lab, host):
     return parse_xfrm(lab.hosts[host].run(["ip", "-s", "xfrm", "state"]).stdout)
+
+
+def is_esp(packet):
+    """IKE beside it in UDP has the non-ESP marker, zeros, and a keepalive is one octet (RFC 3948)."""
+    protocol, header = (packet.octets[6], 40) if ":" in packet.source else (packet.octets[9], 20)
+    payload = packet.octets[header + 8 :]
+    return protocol == 50 or (protocol == 17 and len(payload) >= 8 and any(payload[:4]))
+
+
+def check(lab, fwd, session, spis, capture, kernel):
+    """Both directions are what tcpdump and the kernel's ESP counted; `spis` are those of c2s and s2c."""
+    seen = [packet for packet in capture.packets if is_esp(packet)]
+    for flow, spi in zip(("c2s", "s2c"), spis, strict=True):
+        ends = session[flow]["source"], session[flow]["destination"]
+        lengths = [packet.length for packet in seen if (packet.source, packet.destination) == ends]
+        assert (session[flow]["packets"], session[flow]["bytes"]) == (len(lengths), sum(lengths))
+        assert session[flow]["packets"] == kernel[spi] == PINGS
+    assert accounted(fwd) == witnessed(lab)
+    assert fwd.counters()["flow_internal_error"] == 0
+
+
+def check_terminated(lab, tunnel, case, interface):
+    configure(lab, tunnel, case)
+    fwd = lab.start_fwd()
+    assert fwd.json("show", "system", "info")["queue-rules"] == "nft queue"
+    with lab.hosts["fwd"].capture(interface, CAPTURED) as capture:
+        lab.initiate(tunnel)
+        sa = lab.charon("fwd").installed(tunnel)
+        assert send(lab, tunnel, case) == PINGS
+        session = wait_for(
+            lambda: next(iter(fwd.sessions(application="ipsec-udp", spi=f"{sa.spi_in:#x}")), None), "it has its session"
+        )
+    # The port of a direction's destination is the SPI that it carries.
+    spis = [session[flow]["dport"] for flow in ("c2s", "s2c")]
+    assert set(spis) == {sa.spi_in, sa.spi_out}
+    check(lab, fwd, session, spis, capture, states(lab, "fwd"))
+
+
+def check_transit(lab, tunnel, case, is_in_udp):
+    configure(lab, tunnel, case)
+    fwd = lab.start_fwd()
+    with lab.hosts["fwd"].capture("to-a", CAPTURED) as capture:
+        lab.initiate(tunnel)
+        assert send(lab, tunnel, case) == PINGS
+        (session,) = fwd.sessions(application="ipsec-esp-udp" if is_in_udp else "ipsec-esp")
+    sa = lab.charon("site-a").installed(tunnel)  # whose hosts send the first packet: it is the client
+    check(lab, fwd, session, (sa.spi_out, sa.spi_in), capture, states(lab, "site-b"))
 
 
 def test_the_kernel_has_esp():
@@ -67,42 +116,20 @@ def test_the_kernel_has_esp():
 @pytest.mark.parametrize("tunnel", ["peer-v4", "peer-v6"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_tunnel_that_ends_here(terminated, tunnel, case):
-    configure(terminated, tunnel, case)
-    fwd = terminated.start_fwd()
-    assert fwd.json("show", "system", "info")["queue-rules"] == "nft queue"
-    expression = "esp or (udp port 4500 and udp[8:4] != 0)" if tunnel == "peer-v4" else "esp or udp port 4500"
-    with terminated.hosts["fwd"].capture("to-peer", expression) as capture:
-        terminated.initiate(tunnel)
-        sa = terminated.charon("fwd").installed(tunnel)
-        assert send(terminated, tunnel, case, 40) == 40
-        session = wait_for(
-            lambda: next(iter(fwd.sessions(application="ipsec-udp", spi=f"{sa.spi_in:#x}")), None), "it has its session"
-        )
-    kernel = states(terminated, "fwd")
-    inbound, outbound = ("c2s", "s2c") if session["c2s"]["dport"] == sa.spi_in else ("s2c", "c2s")
-    assert session[inbound]["packets"] == kernel[sa.spi_in] == 40
-    assert session[outbound]["packets"] == kernel[sa.spi_out] == 40
-    for flow in ("c2s", "s2c"):
-        ends = session[flow]["source"], session[flow]["destination"]
-        seen = [packet for packet in capture.packets if (packet.source, packet.destination) == ends]
-        if case == "in UDP":  # IKE beside it has a session of its own: the non-ESP marker is zeros (RFC 3948)
-            header = 48 if ":" in ends[0] else 28
-            seen = [packet for packet in seen if any(packet.octets[header : header + 4])]
-        assert (session[flow]["packets"], session[flow]["bytes"]) == (len(seen), sum(one.length for one in seen))
-    assert accounted(fwd) == witnessed(terminated)
-    assert fwd.counters()["flow_internal_error"] == 0
+    check_terminated(terminated, tunnel, case, "to-peer")
 
 
 @pytest.mark.parametrize("tunnel", ["sites-v4", "sites-v6"])
-@pytest.mark.parametrize("case", [case for case in CASES if case != "xfrm interface"])
+@pytest.mark.parametrize("case", CASES)
 def test_a_tunnel_in_transit(transit, tunnel, case):
-    configure(transit, tunnel, case)
-    fwd = transit.start_fwd()
-    transit.initiate(tunnel)
-    assert send(transit, tunnel, case, 40) == 40
-    sa = transit.charon("site-a").installed(tunnel)
-    application = "ipsec-esp-udp" if case == "in UDP" else "ipsec-esp"
-    (session,) = fwd.sessions(application=application)
-    kernel = states(transit, "site-b")
-    assert session["c2s"]["packets"] + session["s2c"]["packets"] == kernel[sa.spi_in] + kernel[sa.spi_out] == 80
-    assert accounted(fwd) == witnessed(transit)
+    check_transit(transit, tunnel, case, case == "in UDP")
+
+
+@pytest.mark.parametrize("case", ["tunnel", "transport", "ESN", "xfrm interface"])
+def test_a_tunnel_from_behind_a_nat_that_ends_here(nat, case):
+    check_terminated(nat, "here", case, "to-a")
+
+
+@pytest.mark.parametrize("case", ["tunnel", "transport", "ESN", "xfrm interface"])
+def test_a_tunnel_from_behind_a_nat_in_transit(nat, case):
+    check_transit(nat, "across", case, is_in_udp=True)
