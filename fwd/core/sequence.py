@@ -42,6 +42,7 @@ class Sequence:
     #: Packets of which only the number is known that was told to `observe`, so far.
     unseen: int = 0
     _missing: int = 0
+    _span: int = 1  # numbers up to `top` that the balance is of: it knows of none below the first that was looked at
     _waiting: int = 0  # packets that were not looked at since `top`
     _window: int = _ALL_SEEN  # bit n: number `top` - n was seen
     _suspect: int | None = None
@@ -51,6 +52,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self._checked_at = self.top
+        self._span = self.known
 
     @property
     def settled(self) -> int:
@@ -73,11 +75,13 @@ class Sequence:
         if run > 0:
             self._window = ((self._window + 1 << min(run, REPLAY_WINDOW)) - 1) & _ALL_SEEN
             self.known = min(self.known + run, REPLAY_WINDOW)
+            self._span += run
             self.top = top
 
     def resume(self, seq: int, unseen_total: int) -> None:
         """Go on at this number after a while in which nobody counted: nothing of it is lost, nor late."""
         self._begin_at(seq)
+        self._span = 1
         self.unseen = unseen_total
         self._checked_at, self._checked = seq, self._missing
 
@@ -95,18 +99,21 @@ class Sequence:
         elif self._suspect is not None and 0 < (seq - self._suspect) % _MODULUS <= leap:
             self.resets += 1  # two that agree: it is so
             self._begin_at(seq)
+            self._span = 1
         else:
             self._suspect = seq
             self.outliers += 1
         if (self.top - self._checked_at) % _MODULUS >= REPLAY_WINDOW:
-            # What lateness explains is less than a window.
-            self._settled = max(min(self._checked, self._missing), self._missing - REPLAY_WINDOW)
-            self._checked_at, self._checked = self.top, self._missing
+            # What lateness explains is less than a window, and what is still open in it may be explained so.
+            still_open = self.known - (self._window & (1 << self.known) - 1).bit_count()
+            self._settled = max(min(self._checked, self._missing - still_open), self._missing - REPLAY_WINDOW)
+            self._checked_at, self._checked = self.top, self._missing - still_open
 
     def _advance(self, seq: int, ahead: int) -> None:
         if seq < self.top:
             self.wraps += 1
         self._missing += ahead - 1 - self._waiting
+        self._span += ahead
         if self._waiting:
             self._begin_at(seq)
             return
@@ -122,7 +129,7 @@ class Sequence:
             self.duplicates += 1
             return
         self._window |= 1 << behind
-        self._missing -= 1
+        self._missing -= behind < self._span
         self.late += 1
         self.depth = max(self.depth, behind)
 

@@ -46,12 +46,22 @@ def test_packets_in_order_need_no_record():
         ([1, 2, 3_000_000_000, 3, 4], {"outliers": 1, "lost": 0, "resets": 0}),
         ([2**32 - 3, 2**32 - 2, 2**32 - 1, 0, 1, 2], {"wraps": 1, "lost": 0, "resets": 0}),
         ([2**32 - 3, 2**32 - 1, 2, 1], {"wraps": 1, "lost": 2, "late": 1}),
+        ([2, 1, 3, 4], {"late": 1, "surplus": 0, "lost": 0}),  # the very first was overtaken
+        ([3, 1, 2, 6, 5], {"late": 3, "surplus": 0, "lost": 1}),
     ],
 )
 def test_each_trouble_has_its_name(numbers, expected):
     sequence = told(numbers)
     everything = {"lost": 0, "late": 0, "duplicates": 0, "outliers": 0, "resets": 0, "wraps": 0} | expected
     assert {name: getattr(sequence, name) for name in everything} == everything
+
+
+def test_packets_that_overtake_others_all_the_time_lose_none():
+    record = use()
+    for number in [1, *(first + n for first in range(2, 3000, 3) for n in (2, 0, 1))]:
+        record.look(number)
+        assert record.sequence is None or record.sequence.settled == 0
+    assert figures(record.sequence, "lost", "late", "depth", "surplus") == (0, 2000, 2, 0)
 
 
 def test_what_the_kernel_saw_alone_is_balanced_at_the_next_look():
