@@ -35,7 +35,7 @@ _CONF = """
 charon-systemd {{
   load = {plugins}
   retransmit_timeout = 1
-  retransmit_tries = 3
+  retransmit_tries = {tries}
   plugins {{
     kernel-libipsec {{
       raw_esp = yes
@@ -308,7 +308,8 @@ class Charon:
         return self._process
 
     def _conf(self) -> str:
-        return _CONF.format(plugins=_PLUGINS.format(ipsec="" if kernel_has_esp() else "kernel-libipsec"))
+        tries = 3 if PATIENCE == 1 else 6  # a peer is given up after 12 s, or after 75 s
+        return _CONF.format(tries=tries, plugins=_PLUGINS.format(ipsec="" if kernel_has_esp() else "kernel-libipsec"))
 
     def _write(self, name: str, text: str) -> None:
         folder = outside_path(self._first_pid, self._folder)
