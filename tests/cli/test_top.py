@@ -386,6 +386,9 @@ class Screen:
         for key in keys:
             self.app.post_message(events.Key(key, key if len(key) == 1 else None))
             await self._pilot._wait_for_screen()
+        deadline = time.monotonic() + 60
+        while self.app.message_queue_size and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)  # on a busy machine the app has yet to hear them
 
     async def shows(self, *words, but=()):
         deadline = time.monotonic() + 60
