@@ -20,7 +20,8 @@ _ETHERNET = 14
 #: What tcpdump prints when it gets SIGUSR1.
 _FIGURES = re.compile(r"(\d+) packets? captured, (\d+) packets? received by filter, (\d+) packets? dropped by kernel")
 _CATCH_UP_S = 30.0 * PATIENCE
-#: It answers, and its figures stay as they are for so long: the rest came before its filter was in place.
+#: It answers, and its figures stay as they are for so long: the rest is not for it. That came before its filter was in
+#: place, or is, on loopback, what libpcap takes only as it comes in and not as it goes out.
 _SAME_S = 1.0 * PATIENCE
 
 
@@ -39,8 +40,6 @@ class Capture:
     """A running tcpdump. As a context manager it stops at the end; then `packets` has them all."""
 
     def __init__(self, first_pid: int, host: str, interface: str, expression: str) -> None:
-        # How often the kernel hands a packet over. On loopback libpcap takes it as it comes in, not as it goes out.
-        self._copies = 2 if interface == "lo" else 1
         self._path = outside_path(first_pid, f"/run/hosts/{host}/{interface}.pcap")
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.unlink(missing_ok=True)
@@ -93,7 +92,7 @@ class Capture:
             if figures is None:
                 raise LabError(f"tcpdump does not say how far it is: {line.strip()}")
             captured, received, dropped = now = tuple(map(int, figures.groups()))
-            if captured * self._copies + dropped >= received:
+            if captured + dropped >= received:
                 return
             if now != before:
                 before, same_since = now, time.monotonic()
