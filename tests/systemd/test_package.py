@@ -6,13 +6,12 @@ One test for a life in the order in which it is led, because each step stands on
 import os
 import platform
 import shutil
-import time
-from collections.abc import Callable
 
 import pytest
 
 from lab.booted import Booted
 from lab.root_folder import root_folder
+from tests.waiting import until
 
 PACKAGE = os.environ.get("FWD_DEB", "")
 # What the package depends on and recommends, and a strongSwan.
@@ -74,7 +73,7 @@ def test_it_installs_runs_upgrades_and_purges_clean(machine):
 
     # A strongSwan that starts later lets it in.
     says(machine, "systemctl start strongswan")
-    wait_for(lambda: "strongswan: connected" in says(machine, "fwctl show system info"))
+    until(lambda: "strongswan: connected" in says(machine, "fwctl show system info"))
 
     says(machine, "fwctl doctor")  # it finds no problem
 
@@ -85,13 +84,13 @@ def test_it_installs_runs_upgrades_and_purges_clean(machine):
 
     # An upgrade leaves that alone, and hands over: the session goes on, and has each packet that was sent meanwhile.
     says(machine, "python3 /root/esp.py 1 11")
-    wait_for(lambda: "[20033]" in says(machine, "fwctl show session all"))
+    until(lambda: "[20033]" in says(machine, "fwctl show session all"))
     began = line(says(machine, "fwctl show session id 1"), "start time")
     main_pid = says(machine, "systemctl show --property MainPID fwd")
     says(machine, "systemd-run --unit traffic --remain-after-exit python3 /root/esp.py 11 1011")
     says(machine, "dpkg --install /root/fwd.deb")
     assert says(machine, "systemctl show --property MainPID fwd") != main_pid
-    wait_for(lambda: "exited" in says(machine, "systemctl show --property SubState traffic"))
+    until(lambda: "exited" in says(machine, "systemctl show --property SubState traffic"))
     session = says(machine, "fwctl show session id 1")
     assert line(session, "start time") == began
     assert line(session, "layer7 packet count(c2s)") == "1010"
@@ -129,10 +128,3 @@ def files(machine: Booted) -> set[str]:
 def line(text: str, name: str) -> str:
     """What stands behind a name and a colon."""
     return next(each.partition(":")[2].strip() for each in text.splitlines() if each.strip().startswith(name))
-
-
-def wait_for(is_so: Callable[[], bool], within_s: float = 30) -> None:
-    deadline = time.monotonic() + within_s
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
