@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import click
 
 from ..times import time_of_day as clock
-
-if TYPE_CHECKING:  # only who prints a table waits until rich is loaded
-    from rich.table import Table
 
 _RULE = "-" * 80
 
@@ -327,15 +323,12 @@ def generation_table(generations: Iterable[Mapping[str, Any]], width: int) -> li
 
 def _spi_lines(first: tuple[str, ...], rows: Sequence[_SpiRow], note_title: str, width: int) -> list[str]:
     """A table of SPIs; where it is too wide: SPIs in hex only, and the notes below their rows. Then what is odd."""
-    wide = _table(*first, *_USE_TITLES, note_title)
-    for row in rows:
-        wide.add_row(*row.first, spi(row.spi), *_use_cells(row.use), row.note)
-    lines = _lines(wide)
+    wide = ((*row.first, spi(row.spi), *_use_cells(row.use), row.note) for row in rows)
+    lines = _table((*first, *_USE_TITLES, note_title), wide)
     if len(lines[0]) > width:
-        narrow = _table(*first, *_USE_TITLES, gap=1)
-        for row in rows:
-            narrow.add_row(*row.first, spi_hex(row.spi), *_use_cells(row.use))
-        lines = _with_notes(_lines(narrow), rows, note_title.lower(), width)
+        narrow = ((*row.first, spi_hex(row.spi), *_use_cells(row.use)) for row in rows)
+        lines = _table((*first, *_USE_TITLES), narrow, gap=1)
+        lines = _with_notes(lines, rows, note_title.lower(), width)
     return lines + [line for row in rows if row.use for line in _oddities(row.spi, row.use["sequence"], width)]
 
 
@@ -372,30 +365,32 @@ def _oddities(number: int, numbers: Mapping[str, Any], width: int) -> list[str]:
     return textwrap.wrap(f"SPI {spi_hex(number)}: {', '.join(found)}", width) if found else []
 
 
-def _without_titles(gap: int) -> Table:
-    from rich.table import Table
+def _table(
+    titles: Sequence[str], rows: Iterable[Sequence[str]], gap: int = 2, widths: Sequence[int | None] | None = None
+) -> list[str]:
+    """A plain table, `gap` spaces between its columns, its titles between rules as long as its longest line.
 
-    return Table(box=None, padding=(0, gap, 0, 0), header_style="")
+    A title behind `>` stands to the right, as its column does. Titles and cells may have several lines. What is wider
+    than its column's entry in `widths` is folded.
+    """
+    import tabulate  # only who prints a table waits until it is loaded
 
-
-def _table(*titles: str, gap: int = 2) -> Table:
-    """A plain table, `gap` spaces between its columns; a title behind `>` stands to the right."""
-    table = _without_titles(gap)
-    for title in titles:
-        table.add_column(title.lstrip(">"), justify="right" if title.startswith(">") else "left", no_wrap=True)
-    return table
-
-
-def _lines(table: Table, width: int = 400, title_lines: int = 1) -> list[str]:
-    """A table as text, its title between rules as long as its longest line."""
-    from rich.console import Console
-
-    page = Console(file=io.StringIO(), width=width, highlight=False, markup=False, emoji=False)
-    with page.capture() as capture:
-        page.print(table)
-    lines = [line.rstrip() for line in capture.get().splitlines()]
+    # A title is a row like the others: what tabulate calls a header gets more room than it needs.
+    plain = tabulate.DataRow("", " " * gap, "")
+    name = tabulate.TableFormat(None, None, None, None, plain, plain, 0, None)
+    text = tabulate.tabulate(
+        [[title.removeprefix(">") for title in titles], *rows],
+        tablefmt="plain" if gap == 2 else name,
+        disable_numparse=True,
+        colalign=["right" if title.startswith(">") else "left" for title in titles],
+        maxcolwidths=widths,
+        break_on_hyphens=False,
+        preserve_whitespace=True,
+    )
+    lines = [line.rstrip() for line in text.splitlines()]
     rule = "-" * max(map(len, lines))
-    return [rule, *lines[:title_lines], rule, *lines[title_lines:]]
+    height = 1 + max(title.count("\n") for title in titles)
+    return [rule, *lines[:height], rule, *lines[height:]]
 
 
 def spi(number: int) -> str:
@@ -526,31 +521,43 @@ def tunnels(answer: Mapping[str, Any], width: int) -> str:
     head = _source_line(answer["source"])
     if not answer["tunnels"]:
         return f"{head}\nNo tunnel ends on this host."
-    lines = _lines(_tunnel_table(answer["tunnels"], spi), title_lines=2)
+    lines = _tunnel_table(answer["tunnels"], spi, None)
     if len(lines[0]) > width:
-        lines = _lines(_tunnel_table(answer["tunnels"], spi_hex), max(width, 60), title_lines=2)
+        lines = _tunnel_table(answer["tunnels"], spi_hex, max(width, 60))
     return "\n".join([head, *lines])
 
 
-def _tunnel_table(tunnels: Iterable[Mapping[str, Any]], name: Callable[[int], str]) -> Table:
+_TUNNEL_TITLES = ("IKE_SA\nCHILD_SA", "Local\nRemote", "SPI in\nSPI out", "\nSession", "\nAge", "\nSA")
+
+
+def _tunnel_table(tunnels: Iterable[Mapping[str, Any]], name: Callable[[int], str], width: int | None) -> list[str]:
     """A table of SAs, two lines each; names and addresses are folded where they find no room."""
-    table = _without_titles(2)
-    for titles in (("IKE_SA", "CHILD_SA"), ("Local", "Remote")):
-        table.add_column("\n".join(titles), overflow="fold", min_width=max(map(len, titles)))
-    for title in ("SPI in\nSPI out", "Session", "Age", "SA"):
-        table.add_column(title, no_wrap=True)
+    rows = []
     for tunnel in tunnels:
         nat_t = [f"[{port}]" for port in tunnel["nat_t_ports"] or ()] or ["", ""]
         stale = tunnel["stale_s"]
-        table.add_row(
-            f"{tunnel['ike_sa']}\n{tunnel['child_sa']}",
-            f"{tunnel['local']}{nat_t[0]}\n{tunnel['remote']}{nat_t[1]}",
-            f"{name(tunnel['spi_in'])}\n{name(tunnel['spi_out'])}",
-            str(tunnel["session"] or "none"),
-            duration(tunnel["age_s"]),
-            "fresh" if stale is None else f"stale {duration(stale)}",
+        rows.append(
+            (
+                f"{tunnel['ike_sa']}\n{tunnel['child_sa']}",
+                f"{tunnel['local']}{nat_t[0]}\n{tunnel['remote']}{nat_t[1]}",
+                f"{name(tunnel['spi_in'])}\n{name(tunnel['spi_out'])}",
+                str(tunnel["session"] or "none"),
+                duration(tunnel["age_s"]),
+                "fresh" if stale is None else f"stale {duration(stale)}",
+            )
         )
-    return table
+    return _table(_TUNNEL_TITLES, rows, widths=None if width is None else _fold(rows, width))
+
+
+def _fold(rows: Iterable[Sequence[str]], width: int) -> list[int | None]:
+    """How wide the first two columns may be for the table to fit; what one does not need is the other's."""
+    from wcwidth import wcswidth
+
+    columns = zip(_TUNNEL_TITLES, *rows, strict=True)
+    needs = [max(wcswidth(line) for cell in column for line in cell.split("\n")) for column in columns]
+    room = width - sum(needs[2:]) - 2 * (len(needs) - 1)
+    first = max(len("CHILD_SA"), min(needs[0], room - min(needs[1], room // 2)))
+    return [first, max(len("Remote"), room - first)]
 
 
 def tunnel_detail(answer: Mapping[str, Any], width: int = _PAGE) -> str:

@@ -2,6 +2,7 @@ import time
 
 import click
 import pytest
+from wcwidth import wcswidth
 
 from fwd.cli import render
 from fwd.times import time_of_day
@@ -388,7 +389,7 @@ def test_a_tunnel_that_ended_is_marked_as_such():
 
 def test_many_long_tunnels_keep_their_titles_between_the_rules():
     tunnel = {
-        "ike_sa": "a-connection-with-a-long-name",
+        "ike_sa": "a-connection-with-a-long-name-to-東京",
         "child_sa": "a-child-with-a-long-name",
         "local": "2001:db8:aaaa:bbbb:cccc:dddd:eeee:1",
         "remote": "2001:db8:aaaa:bbbb:cccc:dddd:eeee:2",
@@ -400,7 +401,8 @@ def test_many_long_tunnels_keep_their_titles_between_the_rules():
         "stale_s": 3700,
     }
     lines = render.tunnels({"source": SOURCE, "tunnels": [tunnel]}, 80).splitlines()
-    assert all(len(line) <= 80 for line in lines)
+    assert all(wcswidth(line) <= 80 for line in lines)
+    assert lines[5].index("2001:") == lines[3].index("Remote")
     assert [number for number, line in enumerate(lines) if set(line) == {"-"}] == [1, 4]
     assert lines[3].split() == ["CHILD_SA", "Remote", "SPI", "out", "Session", "Age", "SA"]
 
