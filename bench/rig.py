@@ -17,7 +17,7 @@ from lab.sandbox import LabError, Process
 QUEUE = 20
 _FOLDER = Path(__file__).parent
 _SOURCE = _FOLDER.parent / "lab" / "xdp_source.py"
-_SINK = "203.0.113.2"
+SINK = "203.0.113.2"
 
 #: The source and all that its packets go through on the way run on one CPU, whoever reads the queue on the other.
 SOURCE_CPU, READER_CPU = 0, 1
@@ -52,14 +52,14 @@ class Rig(Lab):
         for host, interface in ((self.middle, "to-source"), (self.sink, "wan")):
             host.run(["ethtool", "-K", interface, "gro", "on"])  # gives the veth the NAPI that live frames need
         self._mac = self.middle.run(["cat", "/sys/class/net/to-source/address"]).stdout.strip()
-        self.middle.run(["ping", "-c", "1", _SINK])  # ARP is none of the bench's business
+        self.middle.run(["ping", "-c", "1", SINK])  # ARP is none of the bench's business
         self.middle.run(["ping", "-c", "1", "10.0.0.1"])
 
     def command(self, count: int, sources: int = 1, spis: int = 1, rate: int = 0) -> list[str]:
         """How to send."""
         options = {"count": count, "sources": sources, "spis": spis, "rate": rate, "cpu": SOURCE_CPU}
         words = [f"--{key}={value}" for key, value in options.items()]
-        return [sys.executable, str(_SOURCE), "wan", self._mac, _SINK, *words]
+        return [sys.executable, str(_SOURCE), "wan", self._mac, SINK, *words]
 
     def send(self, count: int, **options: int) -> float:
         """Send; gives the seconds it took. Raises LabError if the kernel cannot."""

@@ -63,6 +63,8 @@ log = logging.getLogger("fwd")
 
 #: Packets handled before the loop serves everything else: some 2 ms' worth, 10 if each is the first of a session.
 PACKETS_PER_TURN = 256
+#: And at most so many more, where the kernel was told of new decisions: those that came meanwhile.
+PACKETS_AFTER_INSTALL = 64
 
 #: Garbage is looked for after so many new objects, some 8,000 sessions' worth: that takes about 5 ms.
 GARBAGE_THRESHOLDS = (50_000, 50, 100)
@@ -122,8 +124,6 @@ class Daemon:
             plane.queue_length,
             self._firewall.receive_packet,
             self._firewall.drop_unhandled,
-            self._firewall.fast_path.pending,
-            self._serve_kernel,
         )
         wanted = None if plane.backend == "auto" else Backend(plane.backend)
         self._ruleset = Ruleset(plane.queue, plane.fail == "open", self._firewall.fast_path.capacity, wanted)
@@ -317,18 +317,21 @@ class Daemon:
         self._state_in_words = f"none: {error}"
         self._firewall.changes.is_on = False
 
-    def _serve_kernel(self) -> None:
-        """Let the kernel do what the core wants of it.
+    def _serve_kernel(self, is_drained: bool = False) -> bool:
+        """Let the kernel do what the core wants of it; whether it was anything. `is_drained`: no packet waits.
 
         What is known of an element's counts is saved before the kernel removes it, and its last counts right after.
         """
-        while self._kernel is not None and (work := self._firewall.take_work()) is not None:
+        now, is_served = time.monotonic(), False
+        while self._kernel is not None and (work := self._firewall.take_work(now, is_drained)) is not None:
+            is_served = True
             leaving = {element.flow.session: None for element in work.removals}
             if leaving:
                 self._save(leaving)
             self._firewall.apply_outcome(work, self._kernel.carry_out(work), time.monotonic())
             if leaving:
                 self._save(leaving)
+        return is_served
 
     def _save(self, sessions: Collection[Session] | None = None) -> None:
         """Write what changed, or what changed of these sessions, to the state file."""
@@ -357,7 +360,9 @@ class Daemon:
         self._after_turn()
 
     def _packets(self) -> None:
-        self._queue.turn(PACKETS_PER_TURN)
+        if self._serve_kernel(is_drained=self._queue.turn(PACKETS_PER_TURN)):
+            # What came while the kernel was told is being overtaken: nothing else comes before it.
+            self._serve_kernel(is_drained=self._queue.turn(PACKETS_AFTER_INSTALL))
         self._after_turn()
 
     def _sa_event_from_thread(self, event: SaEvent) -> None:
@@ -524,10 +529,11 @@ class Daemon:
             self._close_kernel()
         else:
             self._firewall.look_no_more(time.monotonic())
-            self._serve_kernel()
+            self._serve_kernel(is_drained=True)
         deadline = time.monotonic() + DRAIN_S
-        while self._queue.turn(PACKETS_PER_TURN) and time.monotonic() < deadline:
+        while not self._queue.turn(PACKETS_PER_TURN) and time.monotonic() < deadline:
             self._serve_kernel()
+        self._serve_kernel(is_drained=True)
         self._after_turn()
         self._firewall.credit_all()
         if not self._is_handing_over:

@@ -169,6 +169,8 @@ class Bench:
         self.kernel = Kernel()
         self.saved: dict[bytes, bytes] = {}
         self._checks = 0
+        #: Whether no packet waits in the queue behind the one that is handled.
+        self.is_drained = True
         #: What had been counted when the firewall began its totals.
         self.base = dict.fromkeys(("pkt_session", "byte_session"), 0)
         self.offered = 0
@@ -297,7 +299,7 @@ class Bench:
         self.serve_kernel()
 
     def serve_kernel(self) -> None:
-        while (work := self.firewall.take_work()) is not None:
+        while (work := self.firewall.take_work(self.now, self.is_drained)) is not None:
             self.firewall.apply_outcome(work, self.kernel.carry_out(work), self.now)
 
     def _packet(self, octets: bytes, hook: Hook, indev: int, outdev: int) -> bool:

@@ -5,8 +5,11 @@ of addresses and one pair of interfaces. The daemon answers from it by a look at
 are handed on to the kernel, which then asks no more.
 
 No I/O here: `take_work` says what the kernel is to do, and `Firewall.apply_outcome` hears what came of it. Three things
-keep the counts exact: an element is in place before the verdict on the packet that led to it, it is removed with
-its last count in one step, and the kernel's counts are read as absolutes.
+keep the counts exact: whoever decides on a packet counts it, the daemon or the kernel; an element is removed with its
+last count in one step; and the kernel's counts are read as absolutes.
+
+An element goes to the kernel when no packet waits in the queue: what waits there would be overtaken by what the kernel
+then passes by itself, and what comes out of a tunnel too late is dropped by its replay window (RFC 4303 section 3.4.3).
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from typing import TypeAlias
 
 from .constants import (
     ELEMENTS_PER_SESSION,
+    INSTALL_WAIT_S,
+    INSTALLS_WAITING,
     READS_PER_REQUEST,
     REMOVAL_TRIES,
     RETIRE_SLICE,
@@ -80,8 +85,9 @@ class FastPath:
         self._changed = changed
         #: Whether new elements are handed on to the kernel.
         self.is_on = False
-        #: Elements that wait for the kernel; verdicts have to wait for them. Always the same list.
-        self.pending: list[Element] = []
+        #: Elements that are to go to the kernel when the queue is empty, or at that time.
+        self._waiting: list[Element] = []
+        self._install_by = 0.0
         #: How many elements the kernel has.
         self.in_kernel = 0
         #: What the elements that are in the kernel, or on their way in or out, had counted when they were read last.
@@ -140,11 +146,9 @@ class FastPath:
         self._take_in(element)
         self._looked_at.pop(key, None)
         if self.is_on and not session.rule.inspects_every_packet:
-            element.place = Place.PENDING
-            self.pending.append(element)
-            self._charge(element, 1)
-            self._unnamed[element] = None
-            self._changed(session)
+            if not self._waiting:
+                self._install_by = now + INSTALL_WAIT_S
+            self._waiting.append(element)
         return True
 
     def adopt(self, found: Found, use: SpiUse, now: float) -> Element:
@@ -280,10 +284,13 @@ class FastPath:
         self.note_removed(element)
 
     def next_deadline(self) -> float | None:
-        """When `sweep` wants to be called; None if there is nothing to look at."""
+        """When `sweep` wants to be called, or `take_work`; None if there is nothing to look at."""
+        deadlines = [self._install_by] if self._waiting else []
         if self._retiring or self._left_in_round or self._unanswered:
-            return self._next_slice_at
-        return max(self._next_round_at, self._next_slice_at) if self._rounds else None
+            deadlines.append(self._next_slice_at)
+        elif self._rounds:
+            deadlines.append(max(self._next_round_at, self._next_slice_at))
+        return min(deadlines, default=None)
 
     def sweep(self, now: float) -> list[Element]:
         """Look at the next slice of all elements, if it is time; gives those that only the daemon has."""
@@ -314,16 +321,20 @@ class FastPath:
                 own.append(element)
         return own
 
-    def take_work(self) -> Work | None:
-        """What the kernel is to do now; None if nothing. Its outcome must be told before any verdict is given."""
-        if not (self.pending or self._removals or self._reads):
+    def take_work(self, now: float, is_drained: bool) -> Work | None:
+        """What the kernel is to do now; None if nothing. `is_drained`: no packet waits in the queue."""
+        installs = []
+        if is_drained or now >= self._install_by or len(self._waiting) >= INSTALLS_WAITING:
+            installs = [element for element in self._waiting if self.is_on and element.place is Place.DAEMON]
+            self._waiting.clear()
+        if not (installs or self._removals or self._reads):
             return None
-        work = Work(
-            self._removals,
-            [element for element in self.pending if element.place is Place.PENDING],
-            [element for element in self._reads if element.place is Place.KERNEL],
-        )
-        self.pending.clear()
+        for element in installs:
+            element.place = Place.PENDING
+            self._charge(element, 1)
+            self._unnamed[element] = None
+            self._changed(element.flow.session)
+        work = Work(self._removals, installs, [element for element in self._reads if element.place is Place.KERNEL])
         self._removals, self._reads = [], []
         return work
 

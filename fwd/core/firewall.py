@@ -1,7 +1,7 @@
 """The dataplane without its I/O: packets, SA events and the time go in; verdicts and events come out.
 
     verdict = firewall.receive_packet(octets, hook, indev, outdev, now)
-    while (work := firewall.take_work()):    # what the kernel is to do before that verdict is given
+    while (work := firewall.take_work(now, is_drained)):  # what the kernel is to do, above all when the queue is empty
         firewall.apply_outcome(work, outcome, now)
     firewall.apply_sa(event, now)            # what the IKE daemon said
     firewall.apply_interface(event, now)     # what the kernel said
@@ -454,9 +454,9 @@ class Firewall:
 
     # --- what the kernel does and says ----------------------------------------------------------------
 
-    def take_work(self) -> Work | None:
-        """What the kernel is to do for the fast path, before any verdict is given; None if nothing."""
-        return self.fast_path.take_work()
+    def take_work(self, now: float, is_drained: bool) -> Work | None:
+        """What the kernel is to do for the fast path; None if nothing. `is_drained`: no packet waits in the queue."""
+        return self.fast_path.take_work(now, is_drained)
 
     def apply_outcome(self, work: Work, outcome: Outcome, now: float) -> None:
         """Hear what came of it: count what the kernel counted, and end the sessions that only waited for that."""
@@ -538,7 +538,7 @@ class Firewall:
         self.fast_path.is_on = False
         self.fast_path.withdraw(everything)
         last = {element.key: element.reading for element in found}
-        while (work := self.take_work()) is not None:
+        while (work := self.take_work(now, is_drained=True)) is not None:
             self.apply_outcome(work, Outcome(removed=last, refused={element.key for element in work.installs}), now)
 
     # --- one verdict, one place to count ------------------------------------------------------------

@@ -252,7 +252,7 @@ class Place(Enum):
     """Who repeats a decision."""
 
     DAEMON = "daemon"
-    PENDING = "pending"  # the kernel, as soon as it has been told
+    PENDING = "pending"  # the kernel, which is being told
     KERNEL = "kernel"
     GONE = "gone"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from time import monotonic, perf_counter
 from typing import TypeAlias
 
@@ -60,8 +60,7 @@ class PacketQueue:
     """One NFQUEUE of this network namespace.
 
     `decide` gives the verdict; should it raise, `decide_failed` does, so that no packet is left without one
-    (the kernel would keep it, and its place in the queue, for good). As soon as there is something in `unsettled`,
-    verdicts are held back, in their order, until `settle` was called at the end of the turn.
+    (the kernel would keep it, and its place in the queue, for good).
     """
 
     def __init__(
@@ -70,16 +69,11 @@ class PacketQueue:
         length: int,
         decide: Decide,
         decide_failed: Callable[[], Verdict],
-        unsettled: Sized = (),
-        settle: Callable[[], None] = lambda: None,
     ) -> None:
         self.number = number
         self._length = length
         self._decide = decide
         self._decide_failed = decide_failed
-        self._unsettled = unsettled
-        self._settle = settle
-        self._held: list[tuple[Packet, Verdict]] = []
         #: How long `decide` took, of the packets that are timed.
         self.decisions = Histogram(_DECISION_BOUNDS_S)
         self._queue: NetfilterQueue | None = None
@@ -105,16 +99,13 @@ class PacketQueue:
         return self._queue.get_fd()
 
     def turn(self, budget: int) -> bool:
-        """Handle at most so many packets, a multiple of TIMED_EVERY, without waiting; whether all were used up."""
+        """Handle at most so many packets, a multiple of TIMED_EVERY, without waiting; whether it is empty now."""
         if self._queue is None:
-            return False
+            return True
         self._left, self._now = budget, monotonic()
-        try:
-            with contextlib.suppress(_TurnIsOver):
-                self._queue.run(block=False)
-        finally:
-            self._release()
-        return self._left == 0
+        with contextlib.suppress(_TurnIsOver):
+            self._queue.run(block=False)
+        return self._left > 0
 
     def close(self) -> None:
         """Give the queue back. The kernel drops what is still in it."""
@@ -130,9 +121,7 @@ class PacketQueue:
         except Exception:
             log.exception("a packet met a defect of fwd and was dropped")
             verdict = self._decide_failed()
-        if self._held or self._unsettled:
-            self._held.append((packet, verdict))
-        elif verdict is _ACCEPT:
+        if verdict is _ACCEPT:
             packet.accept()
         else:
             packet.drop()
@@ -145,18 +134,3 @@ class PacketQueue:
         verdict = self._decide(octets, hook, indev, outdev, now)
         self.decisions.note(perf_counter() - begun)
         return verdict
-
-    def _release(self) -> None:
-        """Give the verdicts that were held back, whatever comes of settling."""
-        if not self._held:
-            return
-        try:
-            self._settle()
-        except Exception:
-            log.exception("settling met a defect of fwd; the verdicts are given all the same")
-        for packet, verdict in self._held:
-            if verdict is _ACCEPT:
-                packet.accept()
-            else:
-                packet.drop()
-        self._held.clear()

@@ -5,7 +5,13 @@ from contextlib import contextmanager
 
 import pytest
 
-from fwd.core.constants import CLEAR_SLICE, ELEMENT_IDLE_S, ELEMENTS_PER_SESSION
+from fwd.core.constants import (
+    CLEAR_SLICE,
+    ELEMENT_IDLE_S,
+    ELEMENTS_PER_SESSION,
+    INSTALL_WAIT_S,
+    INSTALLS_WAITING,
+)
 from fwd.core.fast_path import Outcome
 from fwd.core.firewall import Hook
 from fwd.core.interfaces import LinkPresent
@@ -63,6 +69,56 @@ def test_the_first_packet_decides_and_the_kernel_repeats(bench, packet):
     bench.read_all()
     assert bench.session.c2s.packet_count == 5 and bench.session.c2s.byte_count == 5 * len(packet)
     assert bench.count("pkt_fast_path") == 4
+
+
+@pytest.fixture
+def crowded():
+    """A bench in whose queue packets wait behind each one."""
+    bench = Bench(fast_path=True)
+    bench.is_drained = False
+    return bench
+
+
+def test_what_waits_in_the_queue_is_not_overtaken(crowded):
+    for _ in range(3):
+        crowded.forward(esp(LEFT, RIGHT, 7))
+    assert not crowded.kernel.elements and crowded.session.elements[0].place is Place.DAEMON
+    crowded.is_drained = True
+    for _ in range(4):
+        crowded.forward(esp(LEFT, RIGHT, 7))
+    assert len(crowded.kernel.elements) == 1
+    assert handled(crowded) == 4 and crowded.session.c2s.packet_count == 7
+
+
+def test_a_queue_that_is_never_empty_does_not_keep_a_decision_from_the_kernel(crowded):
+    crowded.forward(esp(LEFT, RIGHT, 7))
+    crowded.wait(INSTALL_WAIT_S / 2)
+    crowded.forward(esp(LEFT, RIGHT, 8))
+    assert not crowded.kernel.elements
+    crowded.wait(INSTALL_WAIT_S)
+    assert len(crowded.kernel.elements) == 2
+    for spi in range(10, 10 + INSTALLS_WAITING):
+        assert len(crowded.kernel.elements) == 2
+        crowded.forward(esp(LEFT, RIGHT, spi))
+    assert len(crowded.kernel.elements) == 2 + INSTALLS_WAITING
+
+
+def test_what_ends_or_is_switched_off_while_it_waits_never_comes_to_the_kernel(crowded):
+    crowded.forward(esp(LEFT, RIGHT, 7))
+    crowded.clear(crowded.session)
+    crowded.forward(esp(LEFT, RIGHT, 7))
+    crowded.firewall.use_fast_path(False)
+    crowded.is_drained = True
+    crowded.serve_kernel()
+    assert not crowded.kernel.elements and crowded.session.c2s.packet_count == 1
+
+
+def test_who_is_killed_while_it_waits_has_lost_nothing(crowded):
+    for _ in range(3):
+        crowded.forward(esp(LEFT, RIGHT, 7))
+    crowded.restart()
+    assert crowded.count("fast_path_lost") == crowded.count("pkt_unseen") == crowded.count("pkt_fast_path") == 0
+    assert crowded.session.c2s.packet_count == 3
 
 
 def test_both_directions_of_a_tunnel_that_ends_here(bench):
@@ -374,7 +430,7 @@ def test_very_many_elements_of_few_sessions_are_cleared_in_slices():
     del bench.check
     bench.check()
     bench.firewall.clear(bench.sessions, bench.now)
-    work = bench.firewall.take_work()
+    work = bench.firewall.take_work(bench.now, is_drained=True)
     assert len(work.removals) == 1200
     bench.firewall.apply_outcome(work, bench.kernel.carry_out(work), bench.now)
     bench.wait(1)

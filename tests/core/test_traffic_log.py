@@ -28,7 +28,7 @@ class LoggedBench(Bench):
         self.durable = dict(self.saved)
 
     def serve_kernel(self) -> None:
-        while (work := self.firewall.take_work()) is not None:
+        while (work := self.firewall.take_work(self.now, is_drained=True)) is not None:
             leaving = [element.flow.session for element in work.removals]
             for step in (
                 lambda: None,

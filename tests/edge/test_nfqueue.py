@@ -30,32 +30,6 @@ def decide(octets, hook, indev, outdev, now):
     return Verdict.ACCEPT if octets[0] % 2 else Verdict.DROP
 
 
-@pytest.mark.parametrize("is_broken", [False, True])
-def test_from_the_first_unsettled_decision_on_verdicts_wait_and_keep_their_order(is_broken, caplog):
-    verdicts, settled, pending = [], [], []
-
-    def settle():
-        settled.append(len(verdicts))
-        pending.clear()
-        if is_broken:
-            raise ValueError("a defect")
-
-    queue = PacketQueue(20, 16, decide, lambda: Verdict.DROP, pending, settle)
-    for number in range(2):
-        queue._handle(Packet(number, verdicts))
-    assert len(verdicts) == 2 and not settled
-    pending.append("element")
-    for number in range(2, 6):
-        queue._handle(Packet(number, verdicts))
-    assert len(verdicts) == 2
-    queue._release()
-    assert settled == [2] and ("defect" in caplog.text) == is_broken
-    assert verdicts == [(n, Verdict.ACCEPT if n % 2 else Verdict.DROP) for n in range(6)]
-    queue._release()
-    queue._handle(Packet(7, verdicts))
-    assert settled == [2] and verdicts[-1] == (7, Verdict.ACCEPT)
-
-
 def test_a_defect_costs_one_packet(caplog):
     verdicts = []
     queue = PacketQueue(20, 16, decide, lambda: Verdict.DROP)

@@ -17,7 +17,8 @@ BOOT = int(os.environ.get("FWD_VM_BOOT", "-1"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Elsewhere nothing here may run: it installs fwd, and changes the machine's own rules and units."""
+    """Reboots are last. Elsewhere nothing here may run: it installs fwd, and changes the machine's rules and units."""
+    items.sort(key=lambda item: item.path.name == "test_boot.py" and item.path.parent == Path(__file__).parent)
     if BOOT < 0:
         for item in items:
             if Path(__file__).parent in item.path.parents:

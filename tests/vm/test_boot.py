@@ -19,25 +19,33 @@ _STAGE = Path("/lab/out/boot-order.json")
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_after_a_reboot_tunnels_come_up_with_their_first_packet(site, order):
-    """start_action = trap; strongSwan and fwd are enabled, and start in this order."""
+    """start_action = trap; strongSwan and fwd are enabled, and start in this order.
+
+    The session that lived when the machine went down is in the traffic log.
+    """
     begun = json.loads(_STAGE.read_text()) if _STAGE.exists() else {}
     if order not in begun:
         if "FWD_VM_NEXT_BOOT" in os.environ:
             pytest.skip("the machine boots for another test already")
         os.environ["FWD_VM_NEXT_BOOT"] = "asked for"
         Path("/etc/fwd/fwd.toml").write_text(CONFIG)
+        sh("systemctl restart fwd", check=True)
+        site.up()
+        assert received(site.ping(5)) == 5
+        left = wait_for(site.session, "the tunnel has its session")
         sh("rm -f /etc/systemd/system/*.service.d/order.conf")
         name, text = ORDERS[order]
         folder = Path(f"/etc/systemd/system/{name}.d")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "order.conf").write_text(text)
         sh("systemctl daemon-reload && systemctl enable fwd strongswan", check=True)
-        _STAGE.write_text(json.dumps({**begun, order: BOOT + 1}))
+        _STAGE.write_text(json.dumps({**begun, order: (BOOT + 1, left)}))
         pytest_words = f"--timeout=300 -p no:cacheprovider --junitxml=/lab/out/junit-{BOOT + 1}.xml {__file__}"
         Path("/lab/again").write_text(f"python -m pytest {pytest_words}\n")
         pytest.skip("goes on in the machine's next boot")
-    if begun[order] != BOOT:
-        pytest.skip(f"was in boot {begun[order]}")
+    boot, left = begun[order]
+    if boot != BOOT:
+        pytest.skip(f"was in boot {boot}")
     started = {name: int(unit(name, "ActiveEnterTimestampMonotonic")) for name in ("fwd", "strongswan")}
     assert all(started.values()), sh("systemctl status fwd strongswan")
     assert (started["fwd"] < started["strongswan"]) is (order == "fwd first")
@@ -49,3 +57,8 @@ def test_after_a_reboot_tunnels_come_up_with_their_first_packet(site, order):
     after = site.session()
     assert [after[flow]["packets"] - before[flow]["packets"] for flow in ("c2s", "s2c")] == [20, 20]
     assert unit("fwd", "NRestarts") == "0"
+    log = sh("/usr/bin/fwctl --json show log traffic filter application ipsec-udp", check=True)
+    newest = json.loads(log.splitlines()[0])
+    assert newest["end_reason"] in ("unknown", "tunnel-down")  # fwd went down before strongSwan, or after
+    counted = [newest[key] for key in ("session", "packets_c2s", "packets_s2c")]
+    assert counted == [left["id"], left["c2s"]["packets"], left["s2c"]["packets"]]

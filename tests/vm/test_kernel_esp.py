@@ -5,7 +5,7 @@ import pytest
 from lab import ping
 from lab.lab import wait_for
 from lab.strongswan import kernel_has_esp
-from tests.namespaces.conftest import accounted, witnessed
+from tests.namespaces.conftest import assert_balanced
 from tests.vm.site import parse_xfrm
 
 SUITE = "aes128-sha256"
@@ -77,7 +77,7 @@ def check(lab, fwd, session, spis, capture, kernel):
         lengths = [packet.length for packet in seen if (packet.source, packet.destination) == ends]
         assert (session[flow]["packets"], session[flow]["bytes"]) == (len(lengths), sum(lengths))
         assert session[flow]["packets"] == kernel[spi] == PINGS
-    assert accounted(fwd) == witnessed(lab)
+    assert_balanced(lab, fwd)
     assert fwd.counters()["flow_internal_error"] == 0
 
 

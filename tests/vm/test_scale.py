@@ -9,7 +9,7 @@ import pytest
 
 from lab import ping
 from lab.lab import default_config, wait_for
-from tests.namespaces.conftest import accounted, witnessed
+from tests.namespaces.conftest import assert_balanced
 from tests.namespaces.test_metrics import UNIX, ask_by_path, read
 from tests.vm.site import parse_xfrm
 
@@ -109,7 +109,7 @@ def test_five_thousand_child_sas(terminated, capsys):
 
     timed(say, "set up", lambda: set_up(terminated.charon("peer"), outer, say))
     timed(say, "fwd knows them", lambda: wait_for(lambda: known() == IKE_SAS * CHILDREN, "each has its session"))
-    for words in ("show session all", "show session info"):
+    for words in ("show session all", "show session info", "show tunnel"):
         timed(say, f"fwctl {words}", lambda words=words: fwd.fwctl(*words.split()))
 
     for ike, child in USED:
@@ -122,7 +122,7 @@ def test_five_thousand_child_sas(terminated, capsys):
     sessions = fwd.sessions(application="ipsec-udp", type="flow")
     assert {session[flow]["dport"]: session[flow]["packets"] for session in sessions for flow in ("c2s", "s2c")} == used
     assert known() == IKE_SAS * CHILDREN
-    assert accounted(fwd) == witnessed(terminated)
+    assert_balanced(terminated, fwd)
     counters = fwd.counters()
     assert counters["flow_internal_error"] == counters["queue_kernel_drop"] == counters["queue_socket_drop"] == 0
 
