@@ -23,7 +23,7 @@ COMPLETIONS := bash:bash-completion/completions/fwctl zsh:zsh/site-functions/_fw
 BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev libnetfilter-queue-dev
 RUN_PACKAGES := nftables iptables procps
 DEB_PACKAGES := debhelper build-essential
-LAB_PACKAGES := iproute2 iputils-ping fping tcpdump mmdebstrap systemd ethtool nfdump
+LAB_PACKAGES := e2fsprogs iproute2 iputils-ping fping tcpdump mmdebstrap systemd ethtool nfdump
 VM_PACKAGES := qemu-system-x86 qemu-utils mmdebstrap e2fsprogs git
 
 define need

@@ -21,6 +21,7 @@ from .topology import drawing, load, names, summary
 from .vm import RELEASES, Image, Machine
 
 _Given = ParamSpec("_Given")
+_TREE = Path(__file__).parents[1]
 
 
 def _plainly(command: Callable[_Given, None]) -> Callable[_Given, None]:
@@ -214,20 +215,19 @@ def build(release: str, again: bool) -> None:
 @click.option(
     "--results",
     type=click.Path(file_okay=False, path_type=Path),
-    default=Path("build/vm"),
-    show_default=True,
-    help="Folder for junit.xml, the journal and the console; what is in it goes.",
+    help="Folder for junit.xml, the journal and the console; those of the last run go.  [default: build/vm/RELEASE]",
 )
-@click.option("--time-limit", type=click.IntRange(min=60), default=5400, show_default=True, help="Seconds, in all.")
+@click.option("--time-limit", type=click.IntRange(min=60), default=7200, show_default=True, help="Seconds, in all.")
 @click.argument("tests", nargs=-1, type=click.UNPROCESSED)
 @_plainly
-def run(release: str, accel: str, results: Path, time_limit: int, tests: tuple[str, ...]) -> None:
+def run(release: str, accel: str, results: Path | None, time_limit: int, tests: tuple[str, ...]) -> None:
     """Run TESTS (words for pytest; default: tests/vm) in a machine; its exit status is pytest's."""
-    image = Image(release)
-    image.ensure(click.echo)
-    machine = Machine(image, accel)
-    command = ["python", "-m", "pytest", "--timeout=300", "--junitxml=/lab/out/junit.xml", "-p", "no:cacheprovider"]
-    outcome = machine.run([*command, *(tests or ("tests/vm",))], results, click.echo, time_limit)
+    machine = _machine(release, accel)
+    results = results or Path("build/vm", release)
+    words = ["-v", "--timeout=300", "--junitxml=/lab/out/junit.xml", "-p", "no:cacheprovider", *tests]
+    if not any((_TREE / word.partition("::")[0]).exists() for word in tests if not word.startswith("-")):
+        words.append("tests/vm")
+    outcome = machine.run(["python", "-m", "pytest", *words], results, click.echo, time_limit)
     click.echo(f"--- status {outcome.status} after {outcome.took_s:.0f} s ({outcome.acceleration}); more in {results}")
     raise SystemExit(outcome.status)
 
@@ -237,10 +237,24 @@ def run(release: str, accel: str, results: Path, time_limit: int, tests: tuple[s
 @_acceleration
 @_plainly
 def vm_shell(release: str, accel: str) -> None:
-    """Open a root shell in a machine, with the tree in /lab/tree and its Python in /opt/fwd-test."""
+    """Open a root shell in a machine, with the tree in /lab/tree and its Python in /opt/fwd-test.
+
+    `exit` turns the machine off, and so does Ctrl-a x, whatever it does.
+    """
+    machine = _machine(release, accel)
+    click.echo("Ctrl-a x ends it, whatever it does")
+    raise SystemExit(machine.shell())
+
+
+def _machine(release: str, accel: str) -> Machine:
     image = Image(release)
     image.ensure(click.echo)
-    raise SystemExit(Machine(image, accel).shell())
+    machine = Machine(image, accel)
+    why = " (KVM boots no kernel here)" if accel == "auto" else ""
+    click.echo(
+        f"Debian {release}, " + ("with KVM" if machine.acceleration == "kvm" else f"emulated{why}: have patience")
+    )
+    return machine
 
 
 if __name__ == "__main__":

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import shutil
-import subprocess
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..root_folder import LEASH, cache_folder, root_folder
 from ..sandbox import LabError
+from . import tools
 
 #: Releases of Debian that a machine can be of, the default first.
 RELEASES = ("bookworm", "trixie")
@@ -56,6 +56,7 @@ export PIP_NO_INDEX=1 PIP_FIND_LINKS=/opt/wheels PIP_NO_CACHE_DIR=1 PIP_DISABLE_
 cd /lab/tree
 make deb
 apt-get install -q -y ./build/fwd_*.deb
+mv build/fwd_*.deb /opt/fwd.deb
 rm -rf build
 /opt/fwd-test/bin/python -m compileall -q fwd lab tests
 """
@@ -72,6 +73,7 @@ mount -t proc proc $root/proc && mount --rbind /dev $root/dev || exit
 exec chroot $root "$@"
 """
 _SIZE = "4G"  # sparse
+_USED = "used"
 
 
 class Image:
@@ -100,6 +102,7 @@ class Image:
 
     def ensure(self, say: Callable[[str], None], *, again: bool = False) -> None:
         """Make it, if it is not there yet or if it has to be made again, with today's packages. Raises LabError."""
+        tools.need()
         cache_folder().mkdir(parents=True, exist_ok=True)
         with (cache_folder() / f"vm-{self.release}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two that start at once make it once
@@ -115,10 +118,19 @@ class Image:
                         shutil.rmtree(debian)
                 self._make(unfinished, say)
                 for former in cache_folder().glob(f"vm-disk-{self.release}-*"):
-                    shutil.rmtree(former)  # who runs on it has it open
+                    _remove_unused(former)
+                if self.folder.exists():
+                    raise LabError(f"a machine runs on {self.disk}: try again when it is off")
                 unfinished.rename(self.folder)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """While a machine runs, nobody removes its disk: another tree with another recipe, say."""
+        with (self.folder / _USED).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            yield
 
     def _make(self, folder: Path, say: Callable[[str], None]) -> None:
         packages = ",".join(_PACKAGES)
@@ -129,18 +141,19 @@ class Image:
                 shutil.rmtree(former)
         say("Debian is there; now the Python packages ...")
         root = folder / "root"
-        _run(["cp", "-a", "--reflink=auto", str(debian), str(root)])
+        aim = "make the machine's disk"
+        tools.run(["cp", "-a", "--reflink=auto", debian, root], aim)
         shutil.copytree(_GUEST, root / "etc/systemd/system", dirs_exist_ok=True)
         enter = _ENTER.format(paths=" ".join(_AS_OUTSIDE))
         finish = _FINISH.format(requirements=" ".join(f"'{wanted}'" for wanted in requirements()))
-        _run([*LEASH, "sh", "-c", enter, "sh", str(root), "sh", "-ec", finish])
+        tools.run([*LEASH, "sh", "-c", enter, "sh", root, "sh", "-ec", finish], aim)
         (root / "etc/resolv.conf").unlink(missing_ok=True)
         shutil.rmtree(root / "var/cache/apt", ignore_errors=True)
         shutil.rmtree(root / "var/lib/apt/lists", ignore_errors=True)
         for name, pattern in (("vmlinuz", "vmlinuz-*"), ("initrd", "initrd.img-*")):
             (found,) = (root / "boot").glob(pattern)
             shutil.copyfile(found, folder / name)
-        _run(["mke2fs", "-q", "-t", "ext4", "-d", str(root), str(folder / "disk"), _SIZE])
+        tools.run(["mke2fs", "-q", "-t", "ext4", "-d", root, folder / "disk", _SIZE], aim)
 
     def install(self, tree: Path, folder: Path) -> Path:
         """Make a tree's Debian package and install it on the image; gives what is new then.
@@ -155,7 +168,10 @@ class Image:
         mount = f"mount -t overlay -o {layers} none {folder}/root"
         bind = f"mkdir {folder}/root/lab/tree && mount --bind {tree} {folder}/root/lab/tree"
         enter = f"{mount} && {bind} && {_ENTER.format(paths='')}"
-        _run([*LEASH, "sh", "-c", enter, "sh", str(folder / "root"), "sh", "-ec", _INSTALL])
+        aim = "make this tree's package and install it on the machine's disk"
+        tools.run([*LEASH, "sh", "-c", enter, "sh", folder / "root", "sh", "-ec", _INSTALL], aim)
+        # What overlayfs has in the place of a file that was removed: a device, to whoever copies it.
+        tools.run(["find", folder / "new", "-type", "c", "-delete"], aim)
         shutil.rmtree(folder / "new/lab")
         shutil.rmtree(folder / "new/tmp", ignore_errors=True)
         return folder / "new"
@@ -181,12 +197,10 @@ def requirements() -> list[str]:
     ]
 
 
-def _run(command: list[str]) -> None:
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=900, check=False, env={**os.environ, "LC_ALL": "C.UTF-8"}
-        )
-    except FileNotFoundError:
-        raise LabError(f"{command[0]} is not installed: apt-get install e2fsprogs") from None
-    if done.returncode:
-        raise LabError(f"cannot make the machine's disk: {(done.stderr or done.stdout)[-2000:]}")
+def _remove_unused(disk: Path) -> None:
+    with (disk / _USED).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return  # the next one that makes a disk tries again
+        shutil.rmtree(disk)

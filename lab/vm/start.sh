@@ -4,11 +4,13 @@ boot=$(cat /lab/boot 2>/dev/null || echo 0)
 
 finish() {
   echo "$1" > /lab/out/status
-  journalctl --no-pager -o short-precise > /lab/out/journal
   sync
   systemctl --no-block poweroff
   exit
 }
+
+# As it comes: the guest may be ended.
+journalctl -b -f -n all --no-pager -o short-precise >> /lab/out/journal &
 
 export FWD_VM_BOOT="$boot" FWD_LAB_ROOT=/ FWD_LAB_PROGRAMS=/usr/lib/fwd/bin FWD_LAB_PATIENCE=5
 export HOME=/root PATH="/opt/fwd-test/bin:/usr/sbin:/usr/bin:/sbin:/bin"
