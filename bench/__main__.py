@@ -265,8 +265,10 @@ def order(results: Results) -> None:
                 spi += 1
                 with rig.sink.capture("wan", "esp") as capture:
                     options = {"count": STARTED, "spis": 1, "rate": rate, "first_spi": spi}
+                    before = rig.arrived
                     rig.start_source("source", "10.0.0.1", SINK, **options).wait(60)
-                    rig.settled()
+                    if (arrived := rig.settled() - before) != STARTED:
+                        raise RuntimeError(f"{arrived} of {STARTED} packets arrived")
                 newest, behind = 0, []
                 for packet in capture.packets:
                     number = int.from_bytes(packet.octets[24:28])

@@ -63,7 +63,7 @@ log = logging.getLogger("fwd")
 
 #: Packets handled before the loop serves everything else: some 2 ms' worth, 10 if each is the first of a session.
 PACKETS_PER_TURN = 256
-#: And at most so many more, where the kernel was told of new decisions: those that came meanwhile.
+#: And at most so many more, where the kernel was told something: those that came meanwhile.
 PACKETS_AFTER_INSTALL = 64
 
 #: Garbage is looked for after so many new objects, some 8,000 sessions' worth: that takes about 5 ms.
@@ -360,10 +360,12 @@ class Daemon:
         self._after_turn()
 
     def _packets(self) -> None:
-        if self._serve_kernel(is_drained=self._queue.turn(PACKETS_PER_TURN)):
-            # What came while the kernel was told is being overtaken: nothing else comes before it.
-            self._serve_kernel(is_drained=self._queue.turn(PACKETS_AFTER_INSTALL))
-        self._after_turn()
+        try:
+            if self._serve_kernel(is_drained=self._queue.turn(PACKETS_PER_TURN)):
+                # What came while the kernel was told is being overtaken: it comes before all else.
+                self._serve_kernel(is_drained=self._queue.turn(PACKETS_AFTER_INSTALL))
+        finally:
+            self._after_turn()
 
     def _sa_event_from_thread(self, event: SaEvent) -> None:
         """Take an event in; of a storm, the rest waits in charon."""
@@ -525,15 +527,17 @@ class Daemon:
                     self._firewall.retire(self._kernel.find_all(), time.monotonic())
             except (OSError, RulesetError) as error:
                 log.error("the last counts of the kernel are lost: %s", error)
+                self._firewall.fast_path.is_on = False
             Ruleset.remove()
             self._close_kernel()
         else:
             self._firewall.look_no_more(time.monotonic())
-            self._serve_kernel(is_drained=True)
+            self._serve_kernel()
         deadline = time.monotonic() + DRAIN_S
         while not self._queue.turn(PACKETS_PER_TURN) and time.monotonic() < deadline:
             self._serve_kernel()
-        self._serve_kernel(is_drained=True)
+        if self._serve_kernel(is_drained=True):
+            self._queue.turn(PACKETS_AFTER_INSTALL)
         self._after_turn()
         self._firewall.credit_all()
         if not self._is_handing_over:

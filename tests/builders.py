@@ -239,7 +239,7 @@ class Bench:
         assert kept.totals is not None and {record.id for record in kept.sessions} == sessions.keys()
         for record in kept.sessions:
             assert _timeless(record) == _timeless(self.succession.record(sessions[record.id], self.now))
-        charged = [e for e in firewall.fast_path if e.place in (Place.PENDING, Place.KERNEL)]
+        charged = [e for e in firewall.fast_path if e.place is Place.KERNEL]
         charged += [e for session in sessions.values() for e in firewall.fast_path.leaving(session)]
         assert firewall.fast_path.kernel_packets == sum(element.kernel_packets for element in charged)
         assert firewall.fast_path.kernel_bytes == sum(element.kernel_bytes for element in charged)

@@ -93,8 +93,6 @@ class FastPath:
         #: What the elements that are in the kernel, or on their way in or out, had counted when they were read last.
         self.kernel_packets = self.kernel_bytes = 0
         self._leaving: dict[Session, dict[Element, None]] = {}
-        #: Elements for the kernel that no record names yet.
-        self._unnamed: dict[Element, None] = {}
         self._removals: list[Element] = []
         #: Removals that the kernel did not answer, to be asked for again.
         self._unanswered: list[Element] = []
@@ -129,23 +127,20 @@ class FastPath:
         """How many elements the kernel is to be asked for with the next work."""
         return len(self._reads)
 
-    def learn(
-        self, key: ElementKey, use: SpiUse, verdict: Verdict, first: Reading, now: float, mtu: int = 0x1_0000
-    ) -> bool:
+    def learn(self, key: ElementKey, use: SpiUse, verdict: Verdict, now: float, mtu: int = 0x1_0000) -> bool:
         """Repeat the decision on the SPI's session for packets with this key from now on. False: there is no room.
 
-        `first` is what the daemon counted already under this key; the kernel goes on from there. A key that is known
-        stays as it is: packets like it may come here all the same, with IP options, say.
+        A key that is known stays as it is: packets like it may come here all the same, with IP options, say.
         """
         if key in self._elements:
             return True
         session = use.flow.session
         if len(self._elements) >= self.capacity or len(session.elements) >= ELEMENTS_PER_SESSION:
             return False
-        element = Element(key, use, verdict, *first, now, looked_at=now, mtu=mtu)
+        element = Element(key, use, verdict, 0, 0, now, looked_at=now, mtu=mtu)
         self._take_in(element)
         self._looked_at.pop(key, None)
-        if self.is_on and not session.rule.inspects_every_packet:
+        if self._is_for_kernel(element):
             if not self._waiting:
                 self._install_by = now + INSTALL_WAIT_S
             self._waiting.append(element)
@@ -176,26 +171,10 @@ class FastPath:
         if session is None:
             return
         del self._leaving[session][element]
-        self._unnamed.pop(element, None)
         if not self._leaving[session]:
             del self._leaving[session]
         self._charge(element, -1)
         self._changed(element.flow.session)
-
-    @property
-    def unnamed_count(self) -> int:
-        """How many elements there are for the kernel that no record names yet, although their counts are left out."""
-        return len(self._unnamed)
-
-    def note_unnamed(self, element: Element) -> None:
-        """No record names this one."""
-        self._unnamed[element] = None
-
-    def note_named(self, session: Session) -> None:
-        """A record of the session names all its elements."""
-        if self._unnamed:
-            for element in (*session.elements, *self.leaving(session)):
-                self._unnamed.pop(element, None)
 
     def _charge(self, element: Element, sign: int) -> None:
         self.kernel_packets += sign * element.kernel_packets
@@ -207,14 +186,10 @@ class FastPath:
         Where it did not answer, it is taken to have done it: the next reading tells.
         """
         for element in installs:
-            if element.place is Place.PENDING:
-                is_installed = element.key not in refused
-                element.place = Place.KERNEL if is_installed else Place.DAEMON
-                self.in_kernel += is_installed
-                if not is_installed:
-                    self._charge(element, -1)
-                    self._unnamed.pop(element, None)
-                    self._changed(element.flow.session)
+            if element.key not in refused:
+                element.place = Place.KERNEL
+                self.in_kernel += 1
+                self._changed(element.flow.session)
 
     def remove_again(self, element: Element) -> bool:
         """The kernel did not answer when it was to remove this one: it is asked again. False: it was often enough."""
@@ -244,6 +219,10 @@ class FastPath:
         chosen = list(elements)
         self.withdraw(chosen)
         self._looked_at.update((element.key, element) for element in chosen)
+
+    def install_soon(self, now: float) -> None:
+        """Elements that wait do so no longer, although there are packets in the queue."""
+        self._install_by = now
 
     def take_looked_at(self) -> list[Element]:
         """Those whose packet has not come yet, to be put back without it."""
@@ -285,7 +264,7 @@ class FastPath:
 
     def next_deadline(self) -> float | None:
         """When `sweep` wants to be called, or `take_work`; None if there is nothing to look at."""
-        deadlines = [self._install_by] if self._waiting else []
+        deadlines = [self._install_by] if self._waiting and self.is_on else []
         if self._retiring or self._left_in_round or self._unanswered:
             deadlines.append(self._next_slice_at)
         elif self._rounds:
@@ -325,25 +304,21 @@ class FastPath:
         """What the kernel is to do now; None if nothing. `is_drained`: no packet waits in the queue."""
         installs = []
         if is_drained or now >= self._install_by or len(self._waiting) >= INSTALLS_WAITING:
-            installs = [element for element in self._waiting if self.is_on and element.place is Place.DAEMON]
+            installs = [element for element in self._waiting if self._is_for_kernel(element)]
             self._waiting.clear()
         if not (installs or self._removals or self._reads):
             return None
-        for element in installs:
-            element.place = Place.PENDING
-            self._charge(element, 1)
-            self._unnamed[element] = None
-            self._changed(element.flow.session)
         work = Work(self._removals, installs, [element for element in self._reads if element.place is Place.KERNEL])
         self._removals, self._reads = [], []
         return work
+
+    def _is_for_kernel(self, element: Element) -> bool:
+        return self.is_on and element.place is Place.DAEMON and not element.flow.session.rule.inspects_every_packet
 
     def _forget(self, elements: Iterable[Element]) -> None:
         sessions = set()
         for element in elements:
             self.in_kernel -= element.place is Place.KERNEL
-            if element.place is Place.PENDING:
-                self._charge(element, -1)
             element.place = Place.GONE
             sessions.add(element.flow.session)
             if self._elements.get(element.key) is element:

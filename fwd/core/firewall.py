@@ -248,8 +248,7 @@ class Firewall:
         verdict = Verdict.DROP if session.state is State.DISCARD else Verdict.ACCEPT
         if counted is not None and session.is_decided:
             like_it = (indev, outdev, plain[0] if plain else packet.outer)
-            first = (1, packet.length)
-            if self._element(like_it) is None and not self.fast_path.learn(like_it, counted, verdict, first, now, mtu):
+            if self._element(like_it) is None and not self.fast_path.learn(like_it, counted, verdict, now, mtu):
                 self.counters.add("fast_path_full")
         return verdict
 
@@ -438,7 +437,8 @@ class Firewall:
         for element in self.fast_path.take_looked_at():
             session = element.flow.session
             if self.table.live(session.id) is session:  # else another one has taken it over, or it has ended
-                self.fast_path.learn(element.key, element.use, element.verdict, (0, 0), now, element.mtu)
+                self.fast_path.learn(element.key, element.use, element.verdict, now, element.mtu)
+        self.fast_path.install_soon(now)
 
     def next_event(self) -> Event | None:
         """What happened next, in order; None when all is told.
@@ -539,7 +539,7 @@ class Firewall:
         self.fast_path.withdraw(everything)
         last = {element.key: element.reading for element in found}
         while (work := self.take_work(now, is_drained=True)) is not None:
-            self.apply_outcome(work, Outcome(removed=last, refused={element.key for element in work.installs}), now)
+            self.apply_outcome(work, Outcome(removed=last), now)
 
     # --- one verdict, one place to count ------------------------------------------------------------
 

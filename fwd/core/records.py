@@ -25,7 +25,7 @@ from .state import EndReason, State
 from .traffic_log import LogRecord
 
 #: To be raised whenever older records must not be read by this code, or newer ones by older code.
-LAYOUT = 2
+LAYOUT = 3
 
 _T = TypeVar("_T")
 
@@ -188,9 +188,7 @@ class ExportRecord(_Record):
 class TotalsRecord(_Record):
     """What there is but once: counters, without what the kernel counts under the elements of live sessions.
 
-    `queue_offset` is what the kernel's count of undecided packets is ahead of the daemon's. `unnamed_elements` is how
-    many elements the kernel had that no record of a session names: the first packet of each is counted here, although
-    what the kernel counts under them is left out. `ike_answered_at` is when
+    `queue_offset` is what the kernel's count of undecided packets is ahead of the daemon's. `ike_answered_at` is when
     the IKE daemon said something last, in monotonic seconds.
     """
 
@@ -199,7 +197,6 @@ class TotalsRecord(_Record):
     queue_offset: int
     ike_answered_at: float | None
     last_log_number: int
-    unnamed_elements: int
 
 
 _ENCODE = msgspec.msgpack.Encoder().encode
@@ -298,7 +295,7 @@ def session_record(
     `keys` lead to its flows; `leaving` are elements of it that the kernel is to remove, of which it has not said the
     last counts; `rekeyed` are SAs of its tunnel that gave way to another one; `left_s` is what is left of its time.
     """
-    elements = [element for element in session.elements if element.place in (Place.PENDING, Place.KERNEL)]
+    elements = [element for element in session.elements if element.place is Place.KERNEL]
     elements += leaving
     c2s = session.c2s
     return SessionRecord(

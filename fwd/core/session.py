@@ -252,7 +252,6 @@ class Place(Enum):
     """Who repeats a decision."""
 
     DAEMON = "daemon"
-    PENDING = "pending"  # the kernel, which is being told
     KERNEL = "kernel"
     GONE = "gone"
 

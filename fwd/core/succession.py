@@ -66,8 +66,6 @@ class Succession:
         for session_id in chosen:
             # An ended one may be readable no more, and still have to be told to somebody.
             session = firewall.table.find(session_id) or export.find(session_id) or log.owed.get(session_id)
-            if session is not None:
-                firewall.fast_path.note_named(session)
             rows[records.session_key(session_id)] = (
                 records.to_bytes(self.record(session, now)) if session is not None else None
             )
@@ -116,7 +114,6 @@ class Succession:
             self._queue_offset,
             firewall.directory.answered_at,
             firewall.traffic_log.last_number,
-            path.unnamed_count,
         )
 
     # --- in -------------------------------------------------------------------------------------------
@@ -157,7 +154,7 @@ class Succession:
         orphans = [element for element in elements.values() if not self._take_over_nameless(element, now)]
         if undecided is not None:
             if totals is not None:
-                self._count_unseen(totals, undecided, len(elements) - len(orphans), orphans)
+                self._count_unseen(totals, undecided, orphans)
             self._queue_offset = undecided - _handled(firewall.counters.values)
         firewall.totals = Totals(firewall.settings.tunnel_totals, now)
         for session in list(firewall.table):
@@ -182,13 +179,11 @@ class Succession:
         missing = values["session_allocated"] - there - values["session_not_restored"]
         counters.add("session_not_restored", max(0, missing))
 
-    def _count_unseen(self, totals: records.TotalsRecord, undecided: int, known: int, orphans: Iterable[Found]) -> None:
-        """Count the packets that reached the queue's rule, and that no daemon counted; `known` elements go on."""
-        # Of an element that no record names, the first packet came by the queue, and was not counted then but for those
-        # that were there already.
-        before = totals.queue_offset + _handled(totals.counters) + known
-        unseen = undecided - before + sum(element.reading[0] - 1 for element in orphans)
-        self._firewall.counters.add("pkt_unseen", max(0, unseen + totals.unnamed_elements))
+    def _count_unseen(self, totals: records.TotalsRecord, undecided: int, orphans: Iterable[Found]) -> None:
+        """Count the packets that reached the queue's rule, or that an orphan decided on, and that no daemon counted."""
+        unseen = undecided - totals.queue_offset - _handled(totals.counters)
+        unseen += sum(element.reading[0] for element in orphans)
+        self._firewall.counters.add("pkt_unseen", max(0, unseen))
 
     def _restore_session(
         self, record: records.SessionRecord, names: Mapping[str, Rule], elements: dict[ElementKey, Found], now: float
@@ -294,8 +289,7 @@ class Succession:
         if flow is None or packet.spi is None:
             return False
         flow = flow.session.flow_of(packet) if isinstance(key, FlowKey) else flow
-        firewall.fast_path.note_unnamed(self._take_over(found, flow.note_spi(packet.spi, now), 0, now))
-        firewall.counters.add("pkt_fast_path", -1)  # its first packet came by the queue
+        self._take_over(found, flow.note_spi(packet.spi, now), 0, now)
         return True
 
 

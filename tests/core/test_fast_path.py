@@ -198,7 +198,7 @@ def test_what_the_daemon_looks_at_in_full_has_one_element_like_any_other(kind, i
 def test_a_key_that_is_known_is_not_learnt_twice(bench):
     bench.forward(esp(LEFT, RIGHT, 7))
     (element,) = bench.firewall.fast_path
-    assert bench.firewall.fast_path.learn(element.key, element.use, element.verdict, (1, 68), bench.now)
+    assert bench.firewall.fast_path.learn(element.key, element.use, element.verdict, bench.now)
     assert bench.session.elements == (element,) and len(bench.firewall.fast_path) == 1
     bench.check()
 

@@ -17,8 +17,12 @@ BOOT = int(os.environ.get("FWD_VM_BOOT", "-1"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Reboots are last. Elsewhere nothing here may run: it installs fwd, and changes the machine's rules and units."""
-    items.sort(key=lambda item: item.path.name == "test_boot.py" and item.path.parent == Path(__file__).parent)
+    """Reboots are last, and what takes longest just before.
+
+    Elsewhere nothing here may run: it installs fwd, and changes the machine's own rules and units.
+    """
+    last = [Path(__file__).parent / name for name in ("test_scale.py", "test_boot.py")]
+    items.sort(key=lambda item: last.index(item.path) if item.path in last else -1)
     if BOOT < 0:
         for item in items:
             if Path(__file__).parent in item.path.parents:
@@ -49,7 +53,7 @@ def site() -> Iterator[Site]:
 def service(site: Site) -> Iterator[Site]:
     """fwd runs as the unit, with a configuration that allows all; what it logged is shown if the test fails."""
     Path("/etc/fwd/fwd.toml").write_text(CONFIG)
-    sh("systemctl reset-failed fwd; systemctl restart fwd")
+    sh("systemctl reset-failed fwd; systemctl restart fwd", check=True)
     since = sh("date +%s.%N").strip()
     yield site
     Path("/etc/fwd/fwd.toml").write_text(CONFIG)

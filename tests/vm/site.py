@@ -37,6 +37,7 @@ connections {
     remote_addrs = 192.0.2.2
     proposals = aes128-sha256-x25519
     mobike = no
+    rekey_time = 0
     local {
       auth = psk
       id = fwd.lab
@@ -50,6 +51,7 @@ connections {
         local_ts = 10.9.0.1/32
         remote_ts = 10.3.0.1/32
         esp_proposals = aes128-sha256
+        rekey_time = 0
         start_action = trap
       }
     }
@@ -64,6 +66,20 @@ secrets {
 }
 """
 
+#: It is there before anybody needs it, as a machine's network is.
+_LINK_UNIT = Path("/etc/systemd/system/lab-link.service")
+_LINK_TEXT = """
+[Unit]
+DefaultDependencies=no
+Wants=network-pre.target
+Before=network-pre.target
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/sh -e /etc/lab-link.sh
+[Install]
+WantedBy=multi-user.target
+"""
 _LINK = """
 ip netns add peer
 ip link add to-peer type veth peer name wan netns peer
@@ -96,8 +112,10 @@ class Site:
     """The peer runs in a namespace of its own with a charon of its own; here strongSwan is systemd's."""
 
     def __enter__(self) -> Self:
-        if not succeeds("ip netns exec peer true"):
-            sh(f"set -e; {_LINK}", check=True)
+        if not _LINK_UNIT.exists():
+            Path("/etc/lab-link.sh").write_text(_LINK)
+            _LINK_UNIT.write_text(_LINK_TEXT)
+            sh("systemctl daemon-reload && systemctl enable --now lab-link", check=True)
         Path("/run/hosts/peer").mkdir(parents=True, exist_ok=True)
         self.peer = Charon(1, "peer", (TUNNEL,), Path("/"))
         self.peer.start()
@@ -121,14 +139,32 @@ class Site:
         return Process(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def session(self) -> dict[str, Any] | None:
-        """fwd's session of the tunnel."""
+        """fwd's session of the tunnel; None if there is none yet."""
         found = fwctl("show", "session", "all", "filter", "application", "ipsec-udp")["sessions"]
-        return found[0] if len(found) == 1 else None
+        assert len(found) < 2, found
+        return found[0] if found else None
 
 
 def received(pings: Process) -> int:
     """How many answers a ping got, when it is over."""
     return ping.outcome(pings).received
+
+
+def flows_on(pings: Process) -> None:
+    """Whatever was done was done under traffic."""
+    assert pings.is_running(), "the traffic was over too early to tell anything"
+
+
+def packets(session: dict[str, Any], before: dict[str, Any] | None = None) -> list[int]:
+    """The packets of a session's two directions; those since another look at it."""
+    assert before is None or session["id"] == before["id"], (before, session)
+    return [session[flow]["packets"] - (before[flow]["packets"] if before else 0) for flow in ("c2s", "s2c")]
+
+
+def kernel_packets(session: dict[str, Any]) -> list[int]:
+    """What the kernel's own ESP counted of the SPIs of both directions, since it has them."""
+    kernel = xfrm_packets()
+    return [kernel[session["c2s"][port]] for port in ("dport", "sport")]
 
 
 def fwctl(*words: str) -> Any:
@@ -163,16 +199,23 @@ def xfrm_packets() -> dict[int, int]:
     return parse_xfrm(sh("ip -s xfrm state", check=True))
 
 
-def parse_xfrm(listed: str) -> dict[int, int]:
-    """The packets of each SPI in what `ip -s xfrm state` prints."""
+def xfrm_states(listed: str) -> dict[int, str]:
+    """What `ip -s xfrm state` prints of each SPI."""
     found = {}
     for state in re.split(r"^src ", listed, flags=re.MULTILINE)[1:]:
-        spi = re.search(r"proto esp spi 0x([0-9a-f]+)", state)
-        current = re.search(r"lifetime current:\s+\d+\(bytes\), (\d+)\(packets\)", state)
-        if spi and current:
-            found[int(spi[1], 16)] = int(current[1])
+        if spi := re.search(r"proto esp spi 0x([0-9a-f]+)", state):
+            found[int(spi[1], 16)] = state
     return found
 
 
-__all__ = ["CONFIG", "TUNNEL", "Site", "counters", "fwctl", "has_queue", "has_rules", "parse_xfrm", "received"]
-__all__ += ["sh", "succeeds", "unit", "wait_for", "xfrm_packets"]
+def parse_xfrm(listed: str) -> dict[int, int]:
+    """The packets of each SPI in what `ip -s xfrm state` prints."""
+    return {
+        spi: int(current[1])
+        for spi, state in xfrm_states(listed).items()
+        if (current := re.search(r"lifetime current:\s+\d+\(bytes\), (\d+)\(packets\)", state))
+    }
+
+
+__all__ = ["CONFIG", "TUNNEL", "Site", "counters", "flows_on", "fwctl", "has_queue", "has_rules", "kernel_packets"]
+__all__ += ["packets", "parse_xfrm", "received", "sh", "succeeds", "unit", "wait_for", "xfrm_packets", "xfrm_states"]
