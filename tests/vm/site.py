@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -161,10 +162,10 @@ def packets(session: dict[str, Any], before: dict[str, Any] | None = None) -> li
     return [session[flow]["packets"] - (before[flow]["packets"] if before else 0) for flow in ("c2s", "s2c")]
 
 
-def kernel_packets(session: dict[str, Any]) -> list[int]:
-    """What the kernel's own ESP counted of the SPIs of both directions, since it has them."""
+def kernel_packets(session: dict[str, Any], before: Sequence[int] = (0, 0)) -> list[int]:
+    """The packets of both directions as the kernel's own ESP counted them, less those that it had counted before."""
     kernel = xfrm_packets()
-    return [kernel[session["c2s"][port]] for port in ("dport", "sport")]
+    return [kernel[session["c2s"][port]] - count for port, count in zip(("dport", "sport"), before, strict=True)]
 
 
 def fwctl(*words: str) -> Any:
@@ -218,4 +219,4 @@ def parse_xfrm(listed: str) -> dict[int, int]:
 
 
 __all__ = ["CONFIG", "TUNNEL", "Site", "counters", "flows_on", "fwctl", "has_queue", "has_rules", "kernel_packets"]
-__all__ += ["packets", "parse_xfrm", "received", "sh", "succeeds", "unit", "wait_for", "xfrm_packets", "xfrm_states"]
+__all__ += ["packets", "parse_xfrm", "received", "sh", "succeeds", "unit", "wait_for", "xfrm_states"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.vm.conftest import BOOT
-from tests.vm.site import CONFIG, fwctl, received, sh, unit, wait_for
+from tests.vm.site import CONFIG, fwctl, packets, received, sh, unit, wait_for
 
 #: In which order the two start at boot: what systemd is told, on top of what the units say.
 ORDERS = {
@@ -19,7 +19,7 @@ _STAGE = Path("/lab/out/boot-order.json")
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_after_a_reboot_tunnels_come_up_with_their_first_packet(site, order):
-    """start_action = trap; strongSwan and fwd are enabled, and start in this order.
+    """start_action = trap; strongSwan and fwd are enabled, and start in this order. The network is there before both.
 
     The session that lived when the machine went down is in the traffic log.
     """
@@ -50,15 +50,15 @@ def test_after_a_reboot_tunnels_come_up_with_their_first_packet(site, order):
     assert all(started.values()), sh("systemctl status fwd strongswan")
     assert (started["fwd"] < started["strongswan"]) is (order == "fwd first")
     assert fwctl("show", "system", "info")["strongswan"] == "connected", sh("journalctl -u fwd -b --no-pager")
+    assert sh("systemctl is-system-running").strip() == "running", sh("systemctl --failed")
     sh("ip xfrm policy | grep 10.3.0.1", check=True)
     assert received(site.ping(50, 0.2))  # the first ones wait for IKE, which takes seconds on an emulated machine
     before = wait_for(site.session, "the tunnel has its session")
     assert received(site.ping(20)) == 20
-    after = site.session()
-    assert [after[flow]["packets"] - before[flow]["packets"] for flow in ("c2s", "s2c")] == [20, 20]
+    assert packets(site.session(), before) == [20, 20]
     assert unit("fwd", "NRestarts") == "0"
     log = sh("/usr/bin/fwctl --json show log traffic filter application ipsec-udp", check=True)
     newest = json.loads(log.splitlines()[0])
     assert newest["end_reason"] in ("unknown", "tunnel-down")  # fwd went down before strongSwan, or after
     counted = [newest[key] for key in ("session", "packets_c2s", "packets_s2c")]
-    assert counted == [left["id"], left["c2s"]["packets"], left["s2c"]["packets"]]
+    assert counted == [left["id"], *packets(left)]

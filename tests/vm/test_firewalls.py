@@ -1,8 +1,21 @@
 """fwd beside the rules of others: what they drop is dropped, what fwd counts stays whole."""
 
+from pathlib import Path
+
 import pytest
 
-from tests.vm.site import received, sh, succeeds, unit, wait_for, xfrm_packets
+from tests.vm.site import (
+    counters,
+    flows_on,
+    has_rules,
+    kernel_packets,
+    packets,
+    received,
+    sh,
+    succeeds,
+    unit,
+    wait_for,
+)
 
 RULESET = """
 table inet filter {
@@ -10,9 +23,8 @@ table inet filter {
     type filter hook input priority filter; policy drop;
     iif lo accept
     meta l4proto esp counter
-    CONNTRACK
     udp dport { 500, 4500 } accept
-    meta l4proto esp accept
+    ESP accept
     meta ipsec exists accept
     meta l4proto { icmp, ipv6-icmp } accept
   }
@@ -23,24 +35,31 @@ table inet filter {
 }
 """
 
+#: How a user lets ESP in: by itself, or as answers to what went out.
+LETS_ESP_IN = {"without conntrack": "meta l4proto esp", "with conntrack": "ct state established,related"}
 
-@pytest.fixture(params=["with conntrack", "without conntrack"])
+
+@pytest.fixture(params=LETS_ESP_IN)
 def ruleset(request, tmp_path):
     """A user's own ruleset that drops all it does not know."""
     path = tmp_path / "user.nft"
-    line = "ct state established,related accept" if request.param == "with conntrack" else ""
-    path.write_text(RULESET.replace("CONNTRACK", line))
+    path.write_text(RULESET.replace("ESP", LETS_ESP_IN[request.param]))
     yield path
     sh("nft delete table inet filter")
 
 
 def counts_agree(site, count):
     """What comes now; what a user's rule dropped behind fwd before, fwd has counted and the kernel's ESP has not."""
-    before, kernel_before = wait_for(site.session, "the tunnel has its session"), xfrm_packets()
+    before = wait_for(site.session, "the tunnel has its session")
+    kernel_before = kernel_packets(before)
     assert received(site.ping(count)) == count
-    after, kernel = site.session(), xfrm_packets()
-    for flow, spi in (("c2s", after["c2s"]["dport"]), ("s2c", after["c2s"]["sport"])):
-        assert after[flow]["packets"] - before[flow]["packets"] == kernel[spi] - kernel_before[spi] == count
+    after = site.session()
+    assert packets(after, before) == kernel_packets(after, kernel_before) == [count, count]
+
+
+def is_tracked():
+    """Whether conntrack knows of the tunnel's ESP."""
+    return "192.0.2.2" in sh("conntrack -L 2>/dev/null | awk '$2 == 50'")
 
 
 def test_beside_a_users_own_rules(service, ruleset):
@@ -48,6 +67,7 @@ def test_beside_a_users_own_rules(service, ruleset):
     sh(f"nft -f {ruleset}", check=True)
     assert received(service.ping(3)) == 3
     counts_agree(service, 50)
+    assert is_tracked() is ("ct state" in ruleset.read_text())
     listed = sh("nft list table inet filter")
     assert "counter packets 0 " not in listed, listed  # fwd's accept is not the last word: its chains come before
 
@@ -66,13 +86,34 @@ def test_beside_firewalld(service):
     sh("systemctl start firewalld", check=True)
     try:
         assert received(service.ping(3, 0.2)) == 3  # the zone `public` lets ICMP in; ESP is the tunnel's own
-        said = sh("firewall-cmd --add-service=ipsec && firewall-cmd --reload")
-        assert "success" in said, said
-        wait_for(lambda: succeeds("nft list tables | grep -q fwd_dataplane"), "fwd's rules are there")
+        sh("firewall-cmd --permanent --add-service=ipsec && firewall-cmd --reload", check=True)
+        assert "ipsec" in sh("firewall-cmd --list-services")
         counts_agree(service, 50)
         sh("systemctl restart firewalld", check=True)
-        sh("firewall-cmd --add-service=ipsec", check=True)
+        assert has_rules()
         counts_agree(service, 50)
         assert unit("fwd", "NRestarts") == "0"
     finally:
-        sh("systemctl stop firewalld")
+        sh("firewall-cmd --permanent --remove-service=ipsec; systemctl stop firewalld")
+
+
+def test_a_reload_of_nftables_service_flushes_fwds_rules_and_they_come_back(service):
+    """Debian's /etc/nftables.conf begins with `flush ruleset`."""
+    service.up()
+    assert received(service.ping(3)) == 3
+    conf, restored = Path("/etc/nftables.conf"), counters()["rules_restored"]
+    before = conf.read_text()
+    assert "flush ruleset" in before
+    conf.write_text("flush ruleset\n" + RULESET.replace("ESP", LETS_ESP_IN["without conntrack"]))
+    try:
+        traffic = service.ping(400, 0.05)
+        sh("systemctl restart nftables", check=True)
+        flows_on(traffic)
+        wait_for(lambda: counters()["rules_restored"] > restored and has_rules(), "fwd's rules are there again", 30)
+        flows_on(traffic)
+        assert received(traffic) == 400
+        assert succeeds("nft list table inet filter")
+        counts_agree(service, 50)
+    finally:
+        conf.write_text(before)
+        sh("nft delete table inet filter")  # a stop of the unit would flush all again

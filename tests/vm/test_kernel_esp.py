@@ -1,12 +1,14 @@
 """ESP of the kernel's own: what fwd counts is what `ip -s xfrm state` and tcpdump count, to the packet and the byte."""
 
+import re
+
 import pytest
 
 from lab import ping
 from lab.lab import wait_for
 from lab.strongswan import kernel_has_esp
 from tests.namespaces.conftest import assert_balanced
-from tests.vm.site import parse_xfrm
+from tests.vm.site import parse_xfrm, xfrm_states
 
 SUITE = "aes128-sha256"
 PINGS = 40
@@ -18,6 +20,14 @@ CASES = {
     "ESN": ({}, {"esp_proposals": ["aes128gcm16-esn"]}),
     "in UDP": ({"encap": "yes"}, {}),
     "xfrm interface": ({}, {"if_id_in": "42", "if_id_out": "42"}),
+}
+#: What the kernel then says of its SAs. strongSwan would fall back to tunnel mode without a word.
+PROOF = {
+    "tunnel": r"mode tunnel",
+    "transport": r"mode transport",
+    "ESN": r"flag .*\besn\b",
+    "in UDP": r"encap type espinudp",
+    "xfrm interface": r"if_id 0x2a",
 }
 
 
@@ -59,19 +69,27 @@ def send(lab, tunnel, case):
 
 
 def states(lab, host):
-    return parse_xfrm(lab.hosts[host].run(["ip", "-s", "xfrm", "state"]).stdout)
+    return lab.hosts[host].run(["ip", "-s", "xfrm", "state"]).stdout
+
+
+def is_udp(packet):
+    return packet.octets[6 if ":" in packet.source else 9] == 17
 
 
 def is_esp(packet):
     """IKE beside it in UDP has the non-ESP marker, zeros, and a keepalive is one octet (RFC 3948)."""
-    protocol, header = (packet.octets[6], 40) if ":" in packet.source else (packet.octets[9], 20)
-    payload = packet.octets[header + 8 :]
-    return protocol == 50 or (protocol == 17 and len(payload) >= 8 and any(payload[:4]))
+    payload = packet.octets[(40 if ":" in packet.source else 20) + 8 :]
+    return not is_udp(packet) or (len(payload) >= 8 and any(payload[:4]))
 
 
-def check(lab, fwd, session, spis, capture, kernel):
+def check(lab, fwd, session, spis, capture, listed, case):
     """Both directions are what tcpdump and the kernel's ESP counted; `spis` are those of c2s and s2c."""
     seen = [packet for packet in capture.packets if is_esp(packet)]
+    kernel, states = parse_xfrm(listed), xfrm_states(listed)
+    for spi in spis:
+        assert re.search(PROOF[case], states[spi]), states[spi]
+    is_in_udp = all("encap type espinudp" in states[spi] for spi in spis)
+    assert {is_udp(packet) for packet in seen} == {is_in_udp}
     for flow, spi in zip(("c2s", "s2c"), spis, strict=True):
         ends = session[flow]["source"], session[flow]["destination"]
         lengths = [packet.length for packet in seen if (packet.source, packet.destination) == ends]
@@ -95,7 +113,7 @@ def check_terminated(lab, tunnel, case, interface):
     # The port of a direction's destination is the SPI that it carries.
     spis = [session[flow]["dport"] for flow in ("c2s", "s2c")]
     assert set(spis) == {sa.spi_in, sa.spi_out}
-    check(lab, fwd, session, spis, capture, states(lab, "fwd"))
+    check(lab, fwd, session, spis, capture, states(lab, "fwd"), case)
 
 
 def check_transit(lab, tunnel, case, is_in_udp):
@@ -106,7 +124,7 @@ def check_transit(lab, tunnel, case, is_in_udp):
         assert send(lab, tunnel, case) == PINGS
         (session,) = fwd.sessions(application="ipsec-esp-udp" if is_in_udp else "ipsec-esp")
     sa = lab.charon("site-a").installed(tunnel)  # whose hosts send the first packet: it is the client
-    check(lab, fwd, session, (sa.spi_out, sa.spi_in), capture, states(lab, "site-b"))
+    check(lab, fwd, session, (sa.spi_out, sa.spi_in), capture, states(lab, "site-b"), case)
 
 
 def test_the_kernel_has_esp():
