@@ -110,9 +110,9 @@ LOOKS_PER_TURN: Final = 16
 LOOK_MIN_PACKETS: Final = 10
 LOOK_MAX_PACKETS: Final = 10_000
 
-#: A new element waits until no packet is in the queue, for what is there would be overtaken. Under a flood it waits so
-#: long at most, in seconds, or until so many wait.
-INSTALL_WAIT_S: Final = 0.1
+#: A new element waits until no packet is in the queue, for what is there would be overtaken. It waits so long at most,
+#: in seconds, or until so many wait: where packets come faster than the daemon handles them, there will only be more.
+INSTALL_WAIT_S: Final = 0.03
 INSTALLS_WAITING: Final = 512
 
 #: An element that saw no packet for so long is given up: SPIs change, and the next packet brings it back.

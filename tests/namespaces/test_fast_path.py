@@ -149,7 +149,7 @@ def test_packets_of_a_new_spi_leave_in_the_order_in_which_they_came(transit):
     with transit.hosts["fwd"].capture("to-b", "esp") as capture:
         fwd.process.send(signal.SIGSTOP)
         source = transit.start_source("site-a", A, B, count=3000, spis=1, rate=5000)
-        time.sleep(0.2)
+        time.sleep(0.12)
         fwd.process.send(signal.SIGCONT)
         assert source.wait(20) == 0
         wait_for(partial(has_handled, fwd, 3000), "all is handled")
