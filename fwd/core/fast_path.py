@@ -130,9 +130,10 @@ class FastPath:
     def learn(self, key: ElementKey, use: SpiUse, verdict: Verdict, now: float, mtu: int = 0x1_0000) -> bool:
         """Repeat the decision on the SPI's session for packets with this key from now on. False: there is no room.
 
-        A key that is known stays as it is: packets like it may come here all the same, with IP options, say.
+        A key that is known stays as it is: packets like it may come here all the same, with IP options, say. One that
+        the kernel may still have, for it did not answer when it was to remove it, waits until it has.
         """
-        if key in self._elements:
+        if key in self._elements or any(element.key == key for element in self._unanswered):
             return True
         session = use.flow.session
         if len(self._elements) >= self.capacity or len(session.elements) >= ELEMENTS_PER_SESSION:
@@ -276,7 +277,7 @@ class FastPath:
         if now < self._next_slice_at:
             return []
         self._next_slice_at = now + SWEEP_PAUSE_S
-        self._removals += [element for element in self._unanswered if element.key not in self._elements]
+        self._removals += self._unanswered
         self._unanswered.clear()
         retiring = [self._retiring.popleft() for _ in range(min(RETIRE_SLICE, len(self._retiring)))]
         self.withdraw(element for element in retiring if element.place is not Place.GONE)

@@ -392,6 +392,28 @@ def test_an_element_of_which_nobody_knows_whether_it_is_there_is_found_out(does_
     assert bench.session.packet_count == 51 and len(bench.kernel.elements) == 1
 
 
+@pytest.mark.parametrize("does_it", [True, False])
+def test_a_key_that_the_kernel_may_still_have_is_not_learnt_anew(does_it):
+    bench = Bench(fast_path=True)
+    for seq in range(1, 21):
+        bench.forward(esp(LEFT, RIGHT, 7, seq))
+    bench.read_all()
+    (element,) = bench.session.elements
+    with without_answers(bench, does_it=does_it):
+        bench.firewall.fast_path.withdraw([element])
+        bench.serve_kernel()
+    packet = esp(LEFT, RIGHT, 7, 21)
+    bench.offered += 1
+    if bench.kernel.decide(packet, TO_LEFT, TO_RIGHT) is None:
+        bench.firewall.receive_packet(packet, Hook.FORWARD, TO_LEFT, TO_RIGHT, bench.now)
+    bench.wait(2)
+    for seq in range(22, 31):
+        bench.forward(esp(LEFT, RIGHT, 7, seq))
+    assert bench.session.packet_count == 30 and bench.count("fast_path_lost") == does_it
+    assert len(bench.kernel.elements) == len(bench.session.elements) == 1
+    assert not bench.firewall.fast_path.leaving(bench.session)
+
+
 def test_a_session_does_not_end_while_nobody_knows_whether_packets_came():
     bench = Bench(fast_path=True, timeouts_s=dict.fromkeys(Application, 20))
     bench.forward(esp(LEFT, RIGHT, 7))
