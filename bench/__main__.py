@@ -269,11 +269,7 @@ def order(results: Results) -> None:
                     rig.start_source("source", "10.0.0.1", SINK, **options).wait(60)
                     if (arrived := rig.settled() - before) != STARTED:
                         raise RuntimeError(f"{arrived} of {STARTED} packets arrived")
-                newest, behind = 0, []
-                for packet in capture.packets:
-                    number = int.from_bytes(packet.octets[24:28])
-                    newest = max(newest, number)
-                    behind.append(newest - number)
+                behind = capture.behind()
                 name = f"{rate:,} packets/s"
                 results.add("order", f"latest packet of a new SPI, {name}", "numbers", max(behind))
                 # RFC 4303 section 3.4.3: what lies left of the window. strongSwan's is 32 unless told otherwise.

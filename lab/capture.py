@@ -124,6 +124,15 @@ class Capture:
                 counts[spi] = (packets + 1, octets + packet.length)
         return counts
 
+    def behind(self) -> list[int]:
+        """How many numbers each ESP packet came behind the newest before it; one SPI, plain IPv4 headers only."""
+        newest, found = 0, []
+        for packet in self.packets:
+            number = int.from_bytes(packet.octets[24:28])
+            newest = max(newest, number)
+            found.append(newest - number)
+        return found
+
     def spis(self, source: str, destination: str) -> set[int]:
         """The SPIs of the ESP packets from one address to another (RFC 4303 section 2)."""
         return set(self.by_spi(source, destination))

@@ -375,12 +375,12 @@ def _table(
     """
     import tabulate  # only who prints a table waits until it is loaded
 
-    # A title is a row like the others: what tabulate calls a header gets more room than it needs.
-    plain = tabulate.DataRow("", " " * gap, "")
-    name = tabulate.TableFormat(None, None, None, None, plain, plain, 0, None)
+    row = tabulate.DataRow("", " " * gap, "")
     text = tabulate.tabulate(
+        # A title is a row like the others: what tabulate calls a header gets more room than it needs.
         [[title.removeprefix(">") for title in titles], *rows],
-        tablefmt="plain" if gap == 2 else name,
+        # Its own `plain` has two spaces, and knows cells of several lines, which no format of ours does.
+        tablefmt="plain" if gap == 2 else tabulate.TableFormat(None, None, None, None, row, row, 0, None),
         disable_numparse=True,
         colalign=["right" if title.startswith(">") else "left" for title in titles],
         maxcolwidths=widths,

@@ -174,12 +174,9 @@ class FastPath:
         del self._leaving[session][element]
         if not self._leaving[session]:
             del self._leaving[session]
-        self._charge(element, -1)
+        self.kernel_packets -= element.kernel_packets
+        self.kernel_bytes -= element.kernel_bytes
         self._changed(element.flow.session)
-
-    def _charge(self, element: Element, sign: int) -> None:
-        self.kernel_packets += sign * element.kernel_packets
-        self.kernel_bytes += sign * element.kernel_bytes
 
     def settle(self, installs: Iterable[Element], refused: Collection[ElementKey]) -> None:
         """The kernel has taken these over, but for those that it refused.

@@ -1,4 +1,4 @@
-"""Verdicts that wait for the kernel's fast path; the queue itself is tested with real packets, in namespaces."""
+"""What happens to one packet out of the queue; the queue itself is tested with real packets, in namespaces."""
 
 import contextlib
 
